@@ -1,0 +1,427 @@
+"""Viessmann's energy meter for photovoltaic surplus, emulated on RS-485.
+
+The home automation publishes the remaining power, in Watt, over MQTT:
+
+    restPower = hpPower - gridPower      (gridPower < 0: power goes to the grid)
+
+and the heat pump reads it as if from its meter, a rebranded Saia-Burgess ALE3:
+
+    MQTT broker -> on_message -> state.reading -> access -> RS-485 -> heat pump
+
+Edit the settings, then start it with: python3 powermeter.py
+"""
+
+# ============================== Settings ==============================
+# The value, and the MQTT broker that it comes from
+topic = "electricity/hp/restpower"  # topic of the rest power, in Watt
+mqtt_server = "localhost"  # the broker's name or IP address
+mqtt_port = 1883  # the broker's port: 1883, with TLS mostly 8883
+mqtt_username = ""  # login at the broker; "" = without
+mqtt_password = ""  # its password; "" = without
+mqtt_tls = False  # True = encrypted, and the broker's certificate is verified
+mqtt_ca_file = ""  # CA file for a certificate of its own; "" = the system's CAs
+max_age = 300  # s, a value older than that is served as 0 W; 0 = no limit
+status_topic = ""  # topic to publish on whether the heat pump reads; "" = none
+
+# The RS-485 line to the heat pump
+serial_port = "/dev/ttyUSB0"  # the adapter
+baudrate = 19200  # bit/s: 1200, 2400, 4800, 9600, 19200, 38400, 57600 or 115200
+parity = "E"  # "E" = even, "O" = odd, "N" = none
+stopbits = 1  # 1 or 2
+unit_id = 60  # the meter's Modbus address, 1 to 247
+surplus_sign = 1  # 1 = the heat pump wants surplus positive, -1 = negative
+
+log_level = "INFO"  # "DEBUG" = every frame too; "WARNING", "ERROR" = less
+# ========================= End of the settings =========================
+
+import asyncio
+import errno
+import logging
+import signal
+import socket
+import ssl
+import struct
+import sys
+import termios
+import threading
+from contextlib import suppress
+from time import monotonic, sleep
+from types import SimpleNamespace
+
+import paho.mqtt.client as mqtt
+import serial
+from pymodbus.constants import ExcCodes
+from pymodbus.framer import FRAMER_NAME_TO_CLASS, FramerRTU, FramerType
+from pymodbus.pdu import ExceptionResponse, ModbusPDU, ReadHoldingRegistersRequest
+from pymodbus.server import ServerAsyncStop, StartSerialServer
+from pymodbus.simulator import DataType, SimData, SimDevice
+
+READ_TIMEOUT = 60  # s without a request after which the heat pump does not read
+SUBSCRIBE_AGAIN = 30  # s, until a topic that the broker refused is asked for again
+BROKER = f"the MQTT broker {mqtt_server}:{mqtt_port}"
+
+# What crosses between the threads. It needs no lock: each field is set as a whole,
+# to a new object, so that another thread sees either the old one or the new one.
+state = SimpleNamespace(
+    reading=(0.0, monotonic()),  # rest power in W, and its arrival in s
+    session=None,  # an object for each login at the broker; False: login refused
+    refused=None,  # when the broker refused the topic, in s
+    asked=None,  # when the last request to our unit came, in s
+    heard=False,  # whether anything else has come on the line since then
+    units=frozenset(),  # other units that were asked since then
+)
+log = logging.getLogger("powermeter")
+last_said = {}
+
+
+def say(subject, level, text, *values):
+    """Log a line, unless it is the last one that was said about its subject."""
+    if last_said.get(subject) != (text, values):
+        last_said[subject] = (text, values)
+        log.log(level, text, *values)
+
+
+def check_settings():
+    """End the script with status 2 and one line where a setting cannot work."""
+    bauds = (1200, 2400, 4800, 9600, 19200, 38400, 57600, 115200)
+    levels = ("DEBUG", "INFO", "WARNING", "ERROR")
+    load_ca = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations
+    rules = {  # whether it can work: a false answer or an error says no
+        "topic": (lambda v: v and not {*v} & {*"+#\0"}, "a topic without + and #"),
+        "mqtt_server": (lambda v: v.encode("idna"), "a host name or an IP address"),
+        "mqtt_port": (lambda v: v in range(1, 65536), "1 to 65535"),
+        "mqtt_username": (lambda v: v + "" == v, "a text in quotes"),
+        "mqtt_password": (lambda v: v + "" == v, "a text in quotes"),
+        "mqtt_tls": (lambda v: v in (True, False), "True or False"),
+        "mqtt_ca_file": (lambda v: v == "" or not load_ca(v), "'' or a CA file"),
+        "max_age": (lambda v: v >= 0, "a number of seconds, or 0"),
+        "status_topic": (
+            lambda v: v != topic and not {*v} & {*"+#\0"},
+            "'' or a topic",
+        ),
+        "serial_port": (lambda v: v and v + "" == v, "the path of a device"),
+        "baudrate": (lambda v: v in bauds, bauds),
+        "parity": (lambda v: v in ("N", "E", "O"), "'N', 'E' or 'O'"),
+        "stopbits": (lambda v: v in (1, 2), "1 or 2"),
+        "unit_id": (lambda v: v in range(1, 248), "1 to 247"),
+        "surplus_sign": (lambda v: v in (1, -1), "1 or -1"),
+        "log_level": (lambda v: v in levels, levels),
+    }
+    for name, (can_work, allowed) in rules.items():
+        value = globals()[name]
+        with suppress(AttributeError, OSError, TypeError, ValueError):
+            if can_work(value) and (type(value) is not float or name == "max_age"):
+                continue
+        shown = "***" if name == "mqtt_password" else repr(value)
+        print(f"{name} = {shown} cannot work, it may be: {allowed}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ------------------- The meter: Saia-Burgess ALE3, datasheet 26-527 -------------------
+VOLTAGE = 230  # V
+MAX_WATTS = 327670  # W: the total is 16 bits of 10 W
+MAX_COUNT = 20  # registers in one read
+PARTIAL_COUNTERS = (30, 34)  # R of the high word; zeros to both words are taken
+
+
+def meter_registers(watts):
+    """Return the meter's registers R1 to R52 (16 bits each) for a rest power in W."""
+    phase = (
+        VOLTAGE,  # voltage, V
+        round(abs(watts) / 3 / VOLTAGE * 10),  # current, 0.1 A
+        surplus_sign * round(watts / 30) & 0xFFFF,  # active power, 10 W
+        0,  # reactive power, 10 var
+        100,  # cos phi, 0.01
+    )
+    return [
+        *(11, 52, 0),  # R1-3 firmware version 1.1, number of registers, of flags
+        *divmod(baudrate, 0x10000),  # R4-5 baudrate, bit/s
+        0,  # R6 not used
+        *struct.unpack(">8H", b"ALE3D5FD10C2A00\0"),  # R7-14 type
+        11,  # R15 hardware version 1.1
+        *(0, 0, 1),  # R16-18 serial number
+        *(0, 0, 0),  # R19-21 not used
+        0,  # R22 status, 0 = no problem
+        60,  # R23 response timeout, ms
+        unit_id,  # R24 Modbus address
+        *(0, 0, 0),  # R25-27 error of the phases, not used, tariff
+        *(0, 0, 0, 0),  # R28-31 energy total and partial, tariff 1, 0.01 kWh
+        *(0, 0, 0, 0),  # R32-35 tariff 2; all 0, as counts would be lost at restarts
+        *phase,  # R36-40 phase 1
+        *phase,  # R41-45 phase 2
+        *phase,  # R46-50 phase 3
+        surplus_sign * round(watts / 10) & 0xFFFF,  # R51 active power, total, 10 W
+        0,  # R52 reactive power, total, 10 var
+    ]
+
+
+async def access(_function, _start, address, count, registers, values):
+    """Set pymodbus's registers before each access; return an exception code or None.
+
+    Takes the wire address (R - 1), the count, and a write's values, None for a read.
+    All registers are set in one go: no read shows parts of two rest powers.
+    """
+    watts, arrival = state.reading
+    too_old = max_age and monotonic() - arrival > max_age
+    now = meter_registers(0.0 if too_old else watts)
+    registers[: len(now)] = now
+    if values is None:
+        return None if 1 <= count <= MAX_COUNT else ExcCodes.ILLEGAL_ADDRESS
+    if address + 1 not in PARTIAL_COUNTERS or count != 2:
+        return ExcCodes.ILLEGAL_ADDRESS
+    return ExcCodes.ILLEGAL_VALUE if any(values) else None
+
+
+# -------------------------- MQTT: where the value comes from --------------------------
+def on_message(_client, _userdata, message):
+    """Take over the rest power; where there is none in it, surplus is unknown: 0 W."""
+    try:
+        if message.payload.translate(None, b"0123456789+-.eE \t\r\n"):
+            raise ValueError("float() would take nan, 1_000 and other scripts' digits")
+        watts = float(message.payload)
+        if abs(watts) > MAX_WATTS:
+            raise ValueError("the registers cannot hold it")
+    except ValueError:
+        state.reading = (0.0, monotonic())
+        text = message.payload[:320].decode(errors="replace")[:80]
+        text = "".join(char if char.isprintable() else "?" for char in text)
+        log.error("'%s' is no rest power in W: serving 0 W until one comes", text)
+    else:
+        state.reading = (watts, monotonic())
+        log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
+
+
+def on_connect(client, _userdata, _flags, reason, _properties):
+    """Subscribe, after each login anew since the broker forgets; or say the refusal."""
+    if reason.is_failure:
+        state.session = False
+        text = "%s refuses the login (%s): check mqtt_username and mqtt_password"
+        say("broker", logging.ERROR, text, BROKER, reason)
+    else:
+        state.session = object()
+        say("broker", logging.INFO, "connected to %s, topic %s", BROKER, topic)
+        client.subscribe(topic)
+
+
+def on_subscribe(_client, _userdata, _mid, reasons, _properties):
+    """Say that the broker refuses the topic; watch() asks for it again."""
+    state.refused = monotonic() if reasons[0].is_failure else None
+    if state.refused:
+        text = "%s refuses the topic %s: check topic, and what mqtt_username may read"
+        say("broker", logging.ERROR, text, BROKER, topic)
+
+
+def on_connect_fail(_client, _userdata):
+    """Say why the broker is out of reach; paho tries on, and is handling the error."""
+    error = sys.exc_info()[1]
+    if isinstance(error, ssl.SSLError):
+        text = "no TLS with %s (%s): check mqtt_ca_file, mqtt_server and mqtt_port"
+        say("broker", logging.ERROR, text, BROKER, error)
+    else:
+        say("broker", logging.WARNING, "cannot reach %s (%s): trying", BROKER, error)
+
+
+def on_disconnect(_client, _userdata, _flags, reason, _properties):
+    """Say that the connection was lost, unless by ourselves or by a refused login."""
+    text = "lost %s: connecting again"
+    if state.session is None:
+        text = "%s hangs up before the login: check mqtt_port and mqtt_tls"
+    if reason.is_failure and state.session is not False:
+        say("broker", logging.WARNING, text, BROKER)
+    state.session = None
+
+
+# ------------------------ Modbus: the line to the heat pump ------------------------
+def find_frame(data):
+    """Return the size of the good frame that data begins with, 0 where there is none,
+    and whether it is a request. The sizes are from Modbus's Application Protocol 1.1b3.
+    """
+    function, length, sizes = data[1], len(data), {}
+    if function in (1, 2, 3, 4, 5, 6):  # the answer to a read has at least a byte
+        sizes = {5 + data[2] if function < 5 and data[2] else 8: False, 8: True}
+    elif function == 16:
+        sizes = {8: False, 9 + data[min(6, length - 1)]: True}
+    elif function > 0x80:
+        sizes = {5: False}
+    if data[0] == unit_id and function < 0x80 and function != 3:
+        sizes.setdefault(length, True)  # unknown: it ends where the data end
+    for size, is_request in sizes.items():
+        if size <= length and FramerRTU.compute_CRC(data[:size]) == 0:
+            return size, is_request
+    return 0, False
+
+
+class LineFramer(FramerRTU):
+    """Finds the newest request to our unit in all that comes on a shared line.
+
+    pymodbus's own takes everything for a request to itself: it loses polls, and
+    speaks when others are asked. Silence marks nothing: USB adapters make gaps.
+    """
+
+    MAX_SIZE = 4096  # pymodbus drops more than 264 bytes, a request at their end too
+    request = None  # the one still to be answered
+
+    def decode(self, data):
+        """Return how many bytes are used, the unit id, 0, and the request, if any."""
+        start = used = 0
+        state.heard = True
+        while start < len(data) - 3:  # the smallest frame has 4 bytes
+            size, is_request = find_frame(data[start : start + 256])
+            if size:
+                used, unit, self.request = start + size, data[start], None
+                if is_request and unit == unit_id:
+                    self.request = data[start + 1 : used - 2]
+                elif is_request:
+                    state.units |= {unit}
+            start += size or 1
+        if not self.request:
+            return max(used, len(data) - 255), 0, 0, b""
+        state.asked, state.heard, state.units = monotonic(), False, frozenset()
+        # Again until it is answered: pymodbus forgets it when one more byte comes.
+        return len(data), unit_id, 0, self.request
+
+    def encode(self, payload, device_id, tid):
+        """Return the frame of an answer, or nothing where it was already given."""
+        if not self.request:
+            return b""
+        self.request = None
+        return super().encode(payload, device_id, tid)
+
+
+class AnyCountRead(ReadHoldingRegistersRequest):
+    """A read whose count access() judges: pymodbus would answer a bad one with 0x80."""
+
+    def verifyCount(self, *_):
+        """Accept it."""
+
+
+class Refused(ModbusPDU):
+    """A function that the ALE3 does not have."""
+
+    async def datastore_update(self, *_):
+        """Return exception 1."""
+        return ExceptionResponse(self.function_code, ExcCodes.ILLEGAL_FUNCTION)
+
+
+def on_adapter(connected):
+    """Say that the meter is on the line, or end the server, which would wait on."""
+    if connected:
+        text = "the meter is on the line: %s, %d bit/s 8%s%d, unit %d"
+        say(
+            "line", logging.INFO, text, serial_port, baudrate, parity, stopbits, unit_id
+        )
+    else:
+        asyncio.create_task(ServerAsyncStop())
+
+
+def serve():
+    """Answer on the line, and wait for the adapter where it is missing, for ever."""
+    FRAMER_NAME_TO_CLASS[FramerType.RTU] = LineFramer
+    codes = set(range(0x80)) - {3, 16}
+    refused = [type("Refused", (Refused,), {"function_code": code}) for code in codes]
+    registers = SimData(0, values=meter_registers(0), datatype=DataType.REGISTERS)
+    meter = SimDevice(unit_id, registers, action=access)
+    hooks = {"trace_connect": on_adapter, "custom_pdu": [AnyCountRead, *refused]}
+    port = {"port": serial_port, "baudrate": baudrate, "parity": parity}
+    port["stopbits"] = stopbits
+    reasons = {
+        errno.ENOENT: "is not there",
+        errno.EACCES: "may not be opened, add your user to the group dialout",
+        errno.EAGAIN: "is in use by another program",
+        errno.EBUSY: "is in use by another program",
+    }
+    while True:
+        try:
+            serial.Serial(**port, exclusive=True).close()  # pymodbus hides the reason
+            StartSerialServer(meter, **port, **hooks)  # returns when it was pulled
+            reason = reasons[errno.ENOENT]
+        except (OSError, RuntimeError, termios.error) as error:
+            reason = reasons.get(error.args[0], f"does not work ({error})")
+        text = "the serial adapter %s %s: trying again every second"
+        say("line", logging.WARNING, text, serial_port, reason)
+        sleep(1)
+
+
+# ------------------------------------ The whole ------------------------------------
+def diagnosis():
+    """Return why the heat pump may not read, from what was heard on the line."""
+    if state.units:
+        units = ", ".join(map(str, sorted(state.units)))
+        return f"only other units were asked: set unit_id to the right one of {units}"
+    if state.heard:
+        return (
+            "what came fits no frame: check baudrate, parity, stopbits, or swap A and B"
+        )
+    return (
+        "nothing came: check the wires A and B, the adapter, and that the meter is "
+        "switched on in the heat pump's settings"
+    )
+
+
+def watch(client):
+    """Say and publish what only time brings about, twice a second, for ever."""
+    started, told, told_old, published = monotonic(), None, None, None
+    while True:
+        sleep(0.5)
+        now, reading = monotonic(), state.reading
+        if max_age and now - reading[1] > max_age and reading is not told_old:
+            told_old = reading
+            log.warning("no rest power for %g s: serving 0 W until one comes", max_age)
+        if state.refused and now - state.refused > SUBSCRIBE_AGAIN:
+            state.refused = None
+            client.subscribe(topic)
+        quiet = now - (state.asked or started)
+        if state.asked and quiet < READ_TIMEOUT and told != "online":
+            told = "online"
+            log.info("the heat pump reads the meter, unit %d", unit_id)
+        elif quiet >= READ_TIMEOUT and told != "no heat pump":
+            told = "no heat pump"
+            text = "the heat pump has not read for %g s: %s"
+            log.warning(text, READ_TIMEOUT, diagnosis())
+        status = (told or "no heat pump", state.session)
+        if status_topic and state.session and status != published:
+            published = status
+            client.publish(status_topic, status[0], retain=True)
+
+
+def main():
+    """Carry the value from the broker to the line, until Ctrl-C or SIGTERM."""
+    check_settings()
+    sys.stdout.reconfigure(errors="backslashreplace")
+    line = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(stream=sys.stdout, level=log_level, format=line)
+    if log_level == "INFO":
+        logging.getLogger("pymodbus").setLevel("WARNING")
+    for number in (signal.SIGINT, signal.SIGTERM):  # pymodbus would swallow Ctrl-C
+        signal.signal(number, lambda *_: sys.exit(0))
+    log.info("powermeter.py starts")
+
+    # One name for all sessions: a dead one ends, with its will, before the next begins.
+    name = f"powermeter-{socket.gethostname()}{serial_port.replace('/', '-')}"
+    client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, name)
+    client.on_connect, client.on_connect_fail = on_connect, on_connect_fail
+    client.on_subscribe, client.on_message = on_subscribe, on_message
+    client.on_disconnect = on_disconnect
+    client.reconnect_delay_set(1, 10)  # s between two tries
+    if mqtt_username:
+        client.username_pw_set(mqtt_username, mqtt_password)
+    if mqtt_tls:
+        client.tls_set(mqtt_ca_file or None)
+    if status_topic:
+        client.will_set(status_topic, "offline", retain=True)
+    client.connect_async(mqtt_server, mqtt_port, keepalive=20)  # s, to notice its death
+    client.loop_start()
+    threading.Thread(target=watch, args=(client,), daemon=True).start()
+    try:
+        serve()
+    finally:
+        log.info("powermeter.py ends")
+        if state.session:
+            if status_topic:
+                client.publish(status_topic, "offline", retain=True)
+            client.disconnect()
+            client.loop_stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1123 @@
+"""The promises of powermeter.py, tested on the real parts.
+
+Each test talks to a real mosquitto and, over a pseudo serial line, to the script as
+its user starts it: a copy with an edited settings block, run as a process. Frames
+are written out as bytes, and their CRC is computed here, not by pymodbus.
+
+    python3 -m pytest             runs the tests
+    python3 test_powermeter.py    plays a sunny day to look at, with nothing connected
+"""
+
+import contextlib
+import json
+import os
+import pty
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tty
+from pathlib import Path
+
+import paho.mqtt.client as mqtt
+import pytest
+import serial
+
+HERE = Path(__file__).parent
+SCRIPT = (HERE / "powermeter.py").read_text()
+TOPIC = "electricity/hp/restpower"
+MOSQUITTO = shutil.which("mosquitto", path=os.environ["PATH"] + ":/usr/sbin")
+NO_MOSQUITTO = "mosquitto is missing, install it with: sudo apt install mosquitto"
+
+
+# ------------------------------ The parts of the rig ------------------------------
+def crc(data):
+    """Return the Modbus RTU CRC of data as its two bytes, the low one first."""
+    value = 0xFFFF
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = value >> 1 ^ (0xA001 if value & 1 else 0)
+    return struct.pack("<H", value)
+
+
+def frame(text):
+    """Return the RTU frame for bytes written in hex, with its CRC."""
+    data = bytes.fromhex(text)
+    return data + crc(data)
+
+
+def eventually(condition, seconds=10.0, what="the condition"):
+    """Wait until condition() is true and return its value; fail after some seconds."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"waited {seconds} s in vain for {what}"
+        time.sleep(0.005)
+    return value
+
+
+class Broker:
+    """A mosquitto on a free port, and a client to publish with."""
+
+    def __init__(self, folder, config="allow_anonymous true", **login):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.config, self.log = folder / "mosquitto.conf", folder / "mosquitto.log"
+        lines = f"user root\nlistener {self.port} 127.0.0.1\n{config}\n"
+        self.config.write_text(lines)
+        self.login, self.process, self.client = login, None, None
+
+    def start(self):
+        if self.process:
+            return self
+        if not MOSQUITTO:
+            sys.exit(NO_MOSQUITTO)
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [MOSQUITTO, "-v", "-c", self.config],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        eventually(self.listens, what="mosquitto to listen")
+        return self
+
+    def listens(self):
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", self.port)).close()
+            return True
+
+    def connect(self):
+        """Return a client of our own, connected."""
+        client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
+        if self.login:
+            client.username_pw_set(self.login["username"], self.login["password"])
+        client.connect("127.0.0.1", self.port)
+        client.loop_start()
+        eventually(client.is_connected, what="the publisher's login")
+        return client
+
+    def publish(self, payload, topic=TOPIC, retain=False):
+        self.client = self.client or self.connect()
+        self.client.publish(topic, payload, qos=1, retain=retain).wait_for_publish(5)
+
+    def kill(self):
+        if self.client:
+            self.client.disconnect()
+            self.client.loop_stop()
+            self.client = None
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+class Line:
+    """A serial line: the adapter's end for the script, the heat pump's end for us."""
+
+    def __init__(self, folder):
+        self.port, self.ends = folder / "ttyUSB0", ()
+
+    def plug(self):
+        self.ends = pty.openpty()
+        for end in self.ends:
+            tty.setraw(end)
+        self.port.symlink_to(os.ttyname(self.ends[1]))
+        return self
+
+    def pull(self):
+        self.port.unlink(missing_ok=True)
+        for end in self.ends:
+            os.close(end)
+        self.ends = ()
+
+    def send(self, data):
+        os.write(self.ends[0], data)
+
+    def hear(self, seconds):
+        """Return what comes within some seconds, at once when something comes."""
+        ready, _, _ = select.select([self.ends[0]], [], [], seconds)
+        return os.read(self.ends[0], 4096) if ready else b""
+
+    def ask(self, request, seconds=1.0):
+        """Send a request and return all that comes until it is a whole frame."""
+        self.send(request)
+        return self.answer(seconds)
+
+    def answer(self, seconds=1.0):
+        data, end = b"", time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            data += self.hear(left)
+            if len(data) > 4 and crc(data) == b"\0\0":
+                break
+        return data
+
+    def registers(self, wire, count, unit=60):
+        """Read some registers and return them as signed numbers."""
+        request = struct.pack(">BBHH", unit, 3, wire, count)
+        data = self.ask(request + crc(request))
+        assert len(data) == 5 + 2 * count, f"read {wire}, {count}: got {data.hex(' ')}"
+        return struct.unpack(f">{count}h", data[3:-2])
+
+    def power(self, unit=60):
+        """Return the three phases and the total, in 10 W, as one read shows them."""
+        values = self.registers(37, 14, unit)
+        return values[0], values[5], values[10], values[13]
+
+    def shows(self, *power):
+        eventually(lambda: self.power() == power, what=f"{power} on the line")
+
+
+class Script:
+    """powermeter.py as a process of a copy with edited settings."""
+
+    def __init__(self, folder, **settings):
+        text = SCRIPT
+        for name, value in settings.items():
+            text, found = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value!r}", text)
+            assert found == 1, f"{found} lines set {name}"
+        self.file, self.output = folder / "powermeter.py", folder / "powermeter.log"
+        self.file.write_text(text)
+        self.process = None
+
+    def start(self, *prefix):
+        with self.output.open("a") as output:
+            self.process = subprocess.Popen(
+                [*prefix, sys.executable, self.file],
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        return self
+
+    def log(self):
+        return self.output.read_text()
+
+    def says(self, text, times=1):
+        """Wait until a text stands in the log, as often as it is asked for."""
+        what = f"{times} times {text!r} in the log"
+        eventually(lambda: self.log().count(text) >= times, what=what)
+
+    def stop(self, number=signal.SIGTERM):
+        """Send a signal, and return the exit status and the seconds that it took."""
+        begin = time.monotonic()
+        self.process.send_signal(number)
+        return self.process.wait(10), time.monotonic() - begin
+
+    def kill(self):
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+
+class Rig(contextlib.ExitStack):
+    """Broker, line and script in a folder of their own; nothing stays behind."""
+
+    def __init__(self, broker=None, **settings):
+        super().__init__()
+        self.folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+        self.broker = Broker(self.folder, **(broker or {}))
+        self.line = Line(self.folder)
+        defaults = {"mqtt_port": self.broker.port, "serial_port": str(self.line.port)}
+        # a pseudo serial line knows no parity
+        self.script = Script(self.folder, **{**defaults, "parity": "N", **settings})
+        for part in (self.broker.kill, self.line.pull, self.script.kill):
+            self.callback(part)
+
+    def start(self):
+        """Start all three, and wait until the script is connected and answers."""
+        self.broker.start()
+        self.line.plug()
+        self.script.start()
+        self.script.says("connected to the MQTT broker")
+        self.script.says("the meter is on the line")
+        return self
+
+
+@pytest.fixture(scope="session", autouse=True)
+def mosquitto():
+    if not MOSQUITTO:
+        pytest.exit(NO_MOSQUITTO, returncode=1)
+
+
+@pytest.fixture
+def rig():
+    """Return a function that builds a rig, not yet started, with settings."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(Rig(**settings))
+
+
+@pytest.fixture(scope="module")
+def meter():
+    """One running rig with the default settings for all tests that disturb nothing."""
+    with Rig() as shared:
+        yield shared.start()
+
+
+# --------------------------------- What goes over ---------------------------------
+READ_PHASES_AND_TOTAL = [
+    frame(f"3C 03 00 {wire} 00 01") for wire in ("25", "2A", "2F", "32")
+]
+
+
+@pytest.mark.parametrize(
+    ("payload", "phase", "total"),
+    [
+        ("3000", "00 64", "01 2C"),  # 100 and 300
+        ("1000", "00 21", "00 64"),  # 33 and 100
+        ("-500", "FF EF", "FF CE"),  # -17 and -50
+        ("327670", "2A AA", "7F FF"),  # 10922 and 32767
+        ("-327670", "D5 56", "80 01"),  # -10922 and -32767
+        ("0", "00 00", "00 00"),
+        ("-1", "00 00", "00 00"),
+        (" \t3000\r\n", "00 64", "01 2C"),
+        ("+3000", "00 64", "01 2C"),
+        ("2999.7", "00 64", "01 2C"),
+        ("3e3", "00 64", "01 2C"),
+        ("-.5E+3", "FF EF", "FF CE"),
+    ],
+)
+def test_value_is_read_as_a_third_on_each_phase_and_as_total(
+    meter, payload, phase, total
+):
+    phase, total = frame(f"3C 03 02 {phase}"), frame(f"3C 03 02 {total}")
+    meter.broker.publish("7777")
+    meter.line.shows(259, 259, 259, 778)
+    meter.broker.publish(payload)
+    eventually(lambda: meter.line.ask(READ_PHASES_AND_TOTAL[0]) == phase, what=payload)
+    answers = [meter.line.ask(request) for request in READ_PHASES_AND_TOTAL]
+    assert answers == [phase, phase, phase, total]
+
+
+def test_surplus_is_negative_where_the_heat_pump_wants_it(rig):
+    rig = rig(surplus_sign=-1).start()
+    rig.broker.publish("3000")
+    rig.line.shows(-100, -100, -100, -300)
+    rig.broker.publish("-500")
+    rig.line.shows(17, 17, 17, 50)
+
+
+def test_before_the_first_message_there_is_no_surplus(rig):
+    assert rig().start().line.power() == (0, 0, 0, 0)
+
+
+BAD_PAYLOADS = {
+    "empty": b"",
+    "blank": b"  ",
+    "text": b"unavailable",
+    "nan": b"nan",
+    "inf": b"-inf",
+    "underscore": b"1_000",
+    "other digits": "٣٠٠٠".encode(),
+    "full width digits": "３０００".encode(),
+    "JSON": b'{"value": 3000}',
+    "list": b"[3000]",
+    "binary": b"\xff\x00\x1b[2J\n",
+    "hex": b"0x10",
+    "comma": b"3000,5",
+    "unit": b"3000 W",
+    "two numbers": b"1000 2000",
+    "two signs": b"--5",
+    "too large": b"327671",
+    "too small": b"-327670.5",
+    "infinite": b"1e999",
+}
+
+
+@pytest.mark.parametrize("payload", BAD_PAYLOADS.values(), ids=BAD_PAYLOADS)
+def test_bad_value_means_no_surplus_until_a_good_one(meter, payload):
+    meter.broker.publish("3000")
+    meter.line.shows(100, 100, 100, 300)
+    errors = meter.script.log().count("ERROR")
+    meter.broker.publish(payload)
+    meter.line.shows(0, 0, 0, 0)
+    assert meter.script.log().count("ERROR") == errors + 1
+    meter.broker.publish("3000")
+    meter.line.shows(100, 100, 100, 300)
+
+
+def test_bad_value_is_logged_in_one_line_cut_to_80_characters(meter):
+    meter.broker.publish("x" * 100_000 + "\n")
+    meter.script.says("'" + "x" * 80 + "'")
+    meter.broker.publish("first\nsecond \x1b[31m red")
+    meter.script.says("first?second ?[31m red")
+
+
+def test_value_older_than_max_age_is_no_surplus_until_the_next(rig):
+    rig = rig(max_age=1.5).start()
+    rig.broker.publish("3000")
+    rig.line.shows(100, 100, 100, 300)
+    rig.line.shows(0, 0, 0, 0)
+    rig.script.says("WARNING no rest power for 1.5 s: serving 0 W")
+    rig.broker.publish("1000")
+    rig.line.shows(33, 33, 33, 100)
+    rig.line.shows(0, 0, 0, 0)
+    rig.script.says("WARNING no rest power for 1.5 s", times=2)
+    assert rig.script.log().count("WARNING no rest power") == 2
+
+
+def test_value_repeated_unchanged_stays_fresh(rig):
+    rig = rig(max_age=1).start()
+    rig.broker.publish("3000")
+    rig.line.shows(100, 100, 100, 300)
+    end = time.monotonic() + 2.5
+    while time.monotonic() < end:
+        rig.broker.publish("3000")
+        assert rig.line.power() == (100, 100, 100, 300)
+        time.sleep(0.1)
+
+
+def test_max_age_0_means_no_limit(rig):
+    rig = rig(max_age=0).start()
+    rig.broker.publish("3000")
+    rig.line.shows(100, 100, 100, 300)
+    end = time.monotonic() + 1.5
+    while time.monotonic() < end:
+        assert rig.line.power() == (100, 100, 100, 300)
+    assert "WARNING" not in rig.script.log()
+
+
+def test_retained_value_is_taken_at_the_start(rig):
+    rig = rig()
+    rig.broker.start().publish("3000", retain=True)
+    rig.start()
+    rig.line.shows(100, 100, 100, 300)
+
+
+# --------------------------------- The settings ---------------------------------
+DEFAULTS = """
+topic = "electricity/hp/restpower"
+mqtt_server = "localhost"
+mqtt_port = 1883
+mqtt_username = ""
+mqtt_password = ""
+mqtt_tls = False
+mqtt_ca_file = ""
+max_age = 300
+status_topic = ""
+serial_port = "/dev/ttyUSB0"
+baudrate = 19200
+parity = "E"
+stopbits = 1
+unit_id = 60
+surplus_sign = 1
+log_level = "INFO"
+"""
+
+
+def test_settings_stand_with_their_defaults_at_the_top_of_the_script():
+    top = "\n".join(SCRIPT.splitlines()[:90])
+    found = re.findall(r"(?m)^([a-z_]+ = .+?)  # .+$", top)
+    assert found == DEFAULTS.strip().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("topic", "", "topic without + and #"),
+        ("topic", "electricity/#", "topic without + and #"),
+        ("topic", 5, "topic without + and #"),
+        ("mqtt_server", "", "host name"),
+        ("mqtt_server", "192.168..5", "host name"),
+        ("mqtt_server", None, "host name"),
+        ("mqtt_port", 0, "1 to 65535"),
+        ("mqtt_port", 65536, "1 to 65535"),
+        ("mqtt_port", "1883", "1 to 65535"),
+        ("mqtt_username", 17, "text"),
+        ("mqtt_tls", "yes", "True or False"),
+        ("mqtt_ca_file", "/nowhere/ca.crt", "CA file"),
+        ("mqtt_ca_file", __file__, "CA file"),
+        ("serial_port", "", "path"),
+        ("baudrate", 14400, "9600"),
+        ("baudrate", "19200", "9600"),
+        ("baudrate", 19200.0, "9600"),
+        ("parity", "even", "'E'"),
+        ("stopbits", 1.5, "1 or 2"),
+        ("stopbits", 3, "1 or 2"),
+        ("unit_id", 0, "1 to 247"),
+        ("unit_id", 248, "1 to 247"),
+        ("surplus_sign", 0, "1 or -1"),
+        ("surplus_sign", -2, "1 or -1"),
+        ("max_age", -1, "seconds"),
+        ("max_age", "300", "seconds"),
+        ("max_age", 1 - 1j, "seconds"),
+        ("log_level", "LOUD", "INFO"),
+        ("status_topic", TOPIC, "topic"),
+        ("status_topic", "meter/+", "topic"),
+    ],
+)
+def test_setting_that_cannot_work_ends_the_script_with_one_line(
+    tmp_path, name, value, allowed
+):
+    script = Script(tmp_path, **{name: value}).start()
+    assert script.process.wait(10) == 2
+    (line,) = script.log().splitlines()
+    assert line.startswith(f"{name} = {value!r} ")
+    assert allowed in line.removeprefix(f"{name} = {value!r}")
+
+
+def test_wrong_password_setting_is_not_shown(tmp_path):
+    script = Script(tmp_path, mqtt_password=4711).start()
+    assert script.process.wait(10) == 2
+    assert "mqtt_password" in script.log()
+    assert "4711" not in script.log()
+
+
+# ------------------------------- Coming and going -------------------------------
+def test_broker_absent_at_the_start_is_waited_for(rig):
+    rig = rig()
+    rig.line.plug()
+    rig.script.start().says("WARNING cannot reach the MQTT broker")
+    rig.script.says("the meter is on the line")
+    assert rig.line.power() == (0, 0, 0, 0)
+    rig.broker.start()
+    rig.script.says("connected to the MQTT broker")
+    rig.broker.publish("3000")
+    rig.line.shows(100, 100, 100, 300)
+    assert rig.script.log().count("cannot reach") == 1
+
+
+def test_name_that_does_not_resolve_is_tried_again(rig):
+    rig = rig(mqtt_server="no-such-host.invalid")
+    rig.line.plug()
+    rig.script.start().says("WARNING cannot reach the MQTT broker no-such-host.invalid")
+    rig.script.says("the meter is on the line")
+    assert rig.line.power() == (0, 0, 0, 0)
+    assert rig.script.process.poll() is None
+
+
+def test_broker_killed_and_back_serves_the_last_value_then_the_newest(rig):
+    rig = rig().start()
+    rig.broker.publish("3000")
+    rig.line.shows(100, 100, 100, 300)
+    rig.broker.kill()
+    rig.script.says("WARNING lost the MQTT broker")
+    assert rig.line.power() == (100, 100, 100, 300)
+    rig.broker.start().publish("1000", retain=True)
+    rig.line.shows(33, 33, 33, 100)
+    rig.broker.publish("-500")
+    rig.line.shows(-17, -17, -17, -50)
+
+
+def test_last_value_ages_while_the_broker_is_away(rig):
+    rig = rig(max_age=1.5).start()
+    rig.broker.publish("3000")
+    rig.line.shows(100, 100, 100, 300)
+    rig.broker.kill()
+    assert rig.line.power() == (100, 100, 100, 300)
+    rig.line.shows(0, 0, 0, 0)
+
+
+def test_adapter_absent_at_the_start_is_waited_for_and_said_once(rig):
+    rig = rig()
+    rig.broker.start()
+    rig.script.start().says("WARNING the serial adapter")
+    rig.script.says("connected to the MQTT broker")
+    rig.broker.publish("3000")
+    rig.script.says("rest power 3000 W: 1000 W per phase")
+    time.sleep(1.5)  # for a second try to open it, which must not be said
+    rig.line.plug()
+    rig.script.says("the meter is on the line")
+    assert rig.line.power() == (100, 100, 100, 300)
+    assert rig.script.log().count("is not there") == 1
+
+
+PASSWORD = "s3cret-17"
+
+
+def passwords(folder):
+    """Return the configuration of a broker with the login heatpump."""
+    file = folder / "passwords"
+    file.touch()
+    tool = shutil.which("mosquitto_passwd", path=os.environ["PATH"] + ":/usr/sbin")
+    subprocess.run([tool, "-b", "-c", file, "heatpump", PASSWORD], check=True)
+    return {
+        "config": f"allow_anonymous false\npassword_file {file}",
+        "username": "heatpump",
+        "password": PASSWORD,
+    }
+
+
+def test_right_password_is_let_in_and_never_logged(rig, tmp_path):
+    login = {"mqtt_username": "heatpump", "mqtt_password": PASSWORD}
+    rig = rig(broker=passwords(tmp_path), log_level="DEBUG", **login).start()
+    rig.broker.publish("3000")
+    rig.line.shows(100, 100, 100, 300)
+    assert PASSWORD not in rig.script.log()
+
+
+def test_wrong_password_is_said_once_and_tried_again(rig, tmp_path):
+    login = {"mqtt_username": "heatpump", "mqtt_password": "wr0ng"}
+    rig = rig(broker=passwords(tmp_path), **login)
+    rig.broker.start()
+    rig.line.plug()
+    rig.script.start().says("ERROR the MQTT broker")
+    refused = "disconnected, not authorised"
+    eventually(
+        lambda: rig.broker.log.read_text().count(refused) >= 3, what="a third try"
+    )
+    (error,) = re.findall(".*(?:WARNING|ERROR).*", rig.script.log())
+    assert "refuses the login (Not authorized)" in error
+    assert "mqtt_username and mqtt_password" in error
+    assert "wr0ng" not in rig.script.log()
+    assert rig.line.power() == (0, 0, 0, 0)
+
+
+def test_refused_topic_is_said_once_and_asked_for_again(rig, tmp_path):
+    tool = shutil.which("mosquitto_ctrl", path=os.environ["PATH"] + ":/usr/sbin")
+    plugin = next(Path("/usr/lib").rglob("mosquitto_dynamic_security.so"))
+    rules = tmp_path / "rules.json"
+    admin = {"username": "admin", "password": PASSWORD}
+    init = [tool, "dynsec", "init", rules, *admin.values()]
+    subprocess.run(init, check=True, stdout=subprocess.DEVNULL)
+    config = f"allow_anonymous true\nplugin {plugin}\nplugin_opt_config_file {rules}"
+    rig = rig(broker={"config": config, **admin}, SUBSCRIBE_AGAIN=1).start()
+    rig.script.says("ERROR the MQTT broker")
+    asked = "Received SUBSCRIBE from powermeter"
+    eventually(lambda: rig.broker.log.read_text().count(asked) >= 3, what="a third try")
+    assert rig.script.log().count("refuses the topic electricity/hp/restpower") == 1
+
+    rights = ("subscribePattern", "publishClientSend", "publishClientReceive")
+    acls = [{"acltype": right, "topic": "#", "allow": True} for right in rights]
+    everything = [{"rolename": "everything"}]
+    commands = [
+        {"command": "createRole", "rolename": "everything", "acls": acls},
+        {"command": "createGroup", "groupname": "all", "roles": everything},
+        {"command": "setAnonymousGroup", "groupname": "all"},
+        {"command": "addClientRole", "username": "admin", **everything[0]},
+    ]
+    rules = json.dumps({"commands": commands})
+    rig.broker.publish(rules, topic="$CONTROL/dynamic-security/v1")
+    tries = rig.broker.log.read_text().count(asked)
+    eventually(
+        lambda: rig.broker.log.read_text().count(asked) > tries, what="one more try"
+    )
+    rig.broker.publish("3000")
+    rig.line.shows(100, 100, 100, 300)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """Return a folder with a CA, a certificate of it for localhost, and another CA."""
+    folder = tmp_path_factory.mktemp("certificates")
+    for name in ("ca", "other"):
+        make = f"req -x509 -newkey rsa:2048 -nodes -subj /CN={name} -keyout {name}.key"
+        openssl(folder, f"{make} -out {name}.crt")
+    openssl(
+        folder, "req -newkey rsa:2048 -nodes -subj /CN=broker -keyout b.key -out b.csr"
+    )
+    (folder / "names").write_text("subjectAltName = DNS:localhost")
+    sign = "x509 -req -in b.csr -CA ca.crt -CAkey ca.key -CAcreateserial"
+    openssl(folder, f"{sign} -extfile names -out b.crt")
+    return folder
+
+
+def openssl(folder, arguments):
+    command = ["openssl", *arguments.split()]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+
+
+def tls_rig(rig, certificates, ca, server):
+    config = f"allow_anonymous true\ncertfile {certificates}/b.crt\n"
+    config += f"keyfile {certificates}/b.key"
+    settings = {"mqtt_tls": True, "mqtt_ca_file": str(certificates / ca)}
+    return rig(broker={"config": config}, mqtt_server=server, **settings)
+
+
+def test_broker_with_a_certificate_of_the_ca_file_is_trusted(rig, certificates):
+    rig = tls_rig(rig, certificates, "ca.crt", "localhost").start()
+    publisher = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
+    publisher.tls_set(str(certificates / "ca.crt"))
+    publisher.connect("localhost", rig.broker.port)
+    publisher.publish(TOPIC, "3000")
+    publisher.loop_start()
+    rig.line.shows(100, 100, 100, 300)
+    publisher.disconnect()
+    publisher.loop_stop()
+
+
+@pytest.mark.parametrize(
+    ("ca", "server"), [("other.crt", "localhost"), ("ca.crt", "127.0.0.1")]
+)
+def test_broker_whose_certificate_does_not_verify_is_refused(
+    rig, certificates, ca, server
+):
+    rig = tls_rig(rig, certificates, ca, server)
+    rig.broker.start()
+    rig.line.plug()
+    rig.script.start().says("ERROR no TLS with the MQTT broker")
+    (error,) = re.findall(".*(?:WARNING|ERROR).*", rig.script.log())
+    assert "certificate verify failed" in error
+    assert "mqtt_ca_file" in error
+    assert "mqtt_server" in error
+    assert "connected" not in rig.script.log()
+    assert rig.line.power() == (0, 0, 0, 0)
+
+
+def test_broker_that_wants_tls_is_told_from_a_dead_one(rig, certificates):
+    rig = tls_rig(rig, certificates, "ca.crt", "localhost")
+    text = rig.script.file.read_text().replace("mqtt_tls = True", "mqtt_tls = False")
+    rig.script.file.write_text(text)
+    rig.broker.start()
+    rig.line.plug()
+    rig.script.start().says("hangs up before the login: check mqtt_port and mqtt_tls")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_end_it_cleanly(rig, number):
+    rig = rig().start()
+    rig.line.power()
+    status, seconds = rig.script.stop(number)
+    assert status == 0
+    assert seconds < 2
+    assert "Traceback" not in rig.script.log()
+    assert "lost" not in rig.script.log()
+    left = "Received DISCONNECT from powermeter"
+    eventually(lambda: left in rig.broker.log.read_text(), what="the farewell")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_it_with_neither_broker_nor_adapter(rig, number):
+    rig = rig()
+    rig.script.start().says("cannot reach the MQTT broker")
+    rig.script.says("is not there")
+    status, seconds = rig.script.stop(number)
+    assert status == 0
+    assert seconds < 2
+    assert "Traceback" not in rig.script.log()
+
+
+def test_debug_shows_every_frame_and_info_none(rig):
+    loud = rig(log_level="DEBUG").start()
+    loud.line.ask(frame("3C 03 00 25 00 01"))
+    loud.script.says("recv: 0x3c 0x3 0x0 0x25 0x0 0x1")
+    loud.script.says("send: 0x3c 0x3 0x2 0x0 0x0")
+    loud.line.send(frame("07 03 00 25 00 01"))
+    loud.script.says("recv: 0x7 0x3 0x0 0x25 0x0 0x1")
+    quiet = rig().start()
+    quiet.line.ask(frame("3C 03 00 25 00 01"))
+    quiet.script.stop()
+    assert "0x3c" not in quiet.script.log()
+
+
+# ----------------------------- A shared, noisy line -----------------------------
+POLL = frame("3C 03 00 25 00 0E")  # what shows phases and total, 3000 W:
+ANSWER = frame(
+    "3C 03 1C 00 64 00 00 00 64 00 E6 00 2B 00 64 00 00 00 64"
+    "00 E6 00 2B 00 64 00 00 00 64 01 2C"
+)
+
+
+def pack(*numbers):
+    """Return a frame of an unit id, a function code and some 16-bit numbers."""
+    data = struct.pack(f">BB{len(numbers) - 2}H", *numbers)
+    return data + crc(data)
+
+
+def others(rng):
+    return rng.choice([unit for unit in range(1, 248) if unit != 60])
+
+
+def read_request(rng, unit):
+    function, wire, count = rng.randint(1, 4), rng.randrange(65536), rng.randint(1, 125)
+    return pack(unit, function, wire, count)
+
+
+def read_answer(rng, unit):
+    values = rng.randbytes(2 * rng.randint(1, 125))
+    data = bytes([unit, rng.randint(1, 4), len(values)]) + values
+    return data + crc(data)
+
+
+def write_request(rng, unit):
+    values = rng.randbytes(2 * rng.randint(1, 123))
+    head = struct.pack(">BBHHB", unit, 16, 29, len(values) // 2, len(values))
+    return head + values + crc(head + values)
+
+
+def unknown_function(rng, unit):
+    data = bytes([unit, rng.randint(0x41, 0x7F)]) + rng.randbytes(rng.randint(0, 60))
+    return data + crc(data)
+
+
+FOREIGN = {
+    "requests to others": lambda rng: read_request(rng, others(rng)),
+    "others' answers": lambda rng: read_answer(rng, others(rng)),
+    "requests and answers": lambda rng: (
+        read_request(rng, unit := others(rng)) + read_answer(rng, unit)
+    ),
+    "writes to others": lambda rng: write_request(rng, others(rng)),
+    "writes and their answers": lambda rng: (
+        write_request(rng, unit := others(rng)) + pack(unit, 16, 29, 2)
+    ),
+    "single writes to others": lambda rng: pack(
+        others(rng), 6, 29, rng.randrange(65536)
+    ),
+    "others' exceptions": lambda rng: frame(f"{others(rng):02X} 83 02"),
+    "unknown functions": lambda rng: unknown_function(rng, others(rng)),
+    "broadcasts": lambda rng: rng.choice([read_request, write_request])(rng, 0),
+    "noise": lambda rng: rng.randbytes(rng.randint(1, 40)),
+    "long noise": lambda rng: rng.randbytes(rng.randint(250, 1200)),
+    "zeros": lambda rng: bytes(rng.randint(1, 40)),
+    "our unit id again and again": lambda rng: b"\x3c" * rng.randint(1, 40),
+    "a foreign frame cut off": lambda rng: write_request(rng, others(rng))[
+        : rng.randint(1, 60)
+    ],
+    "our frame cut off": lambda rng: POLL[: rng.randint(1, 7)],
+    "our write cut off": lambda rng: write_request(rng, 60)[: rng.randint(1, 10)],
+    "our frame with a broken CRC": lambda rng: POLL[:-2] + b"\xff\xff",
+    "our answer echoed": lambda rng: ANSWER,
+    "our other answers echoed": lambda rng: rng.choice(
+        [frame("3C 10 00 1D 00 02"), frame("3C 83 02"), frame("3C 03 02 00 64")]
+    ),
+    "another's data that look like our request": lambda rng: frame(
+        "05 10 00 00 00 04 08" + POLL.hex()
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_no_poll_is_lost_and_nothing_is_said_to_others_after(meter, kind):
+    meter.broker.publish("3000")
+    meter.line.shows(100, 100, 100, 300)
+    rng, lost, spoken = random.Random(kind), 0, 0
+    for turn in range(60):
+        meter.line.send(FOREIGN[kind](rng))
+        # every other time the poll follows at once
+        spoken += len(meter.line.hear(0.01 if turn % 2 else 0))
+        answer = meter.line.ask(POLL, 0.5)
+        lost += not answer.endswith(ANSWER)
+        spoken += answer != ANSWER and answer != b""
+    spoken += len(meter.line.hear(0.05))
+    assert (lost, spoken) == (0, 0)
+
+
+def test_poll_is_answered_when_a_stray_byte_follows_it(meter):
+    meter.broker.publish("3000")
+    meter.line.shows(100, 100, 100, 300)
+    rng, lost = random.Random("stray byte"), 0
+    for _ in range(200):
+        meter.line.send(POLL)
+        end = time.monotonic() + rng.uniform(0, 0.0005)
+        while time.monotonic() < end:
+            pass
+        meter.line.send(b"\xff")
+        lost += meter.line.answer(0.5) != ANSWER
+    assert lost == 0
+    assert meter.line.hear(0.05) == b""
+
+
+def test_poll_is_answered_when_it_comes_in_pieces(meter):
+    meter.broker.publish("3000")
+    meter.line.shows(100, 100, 100, 300)
+    write = frame("3C 10 00 1D 00 02 04 00 00 00 00")
+    for request, answer in ((POLL, ANSWER), (write, frame("3C 10 00 1D 00 02"))):
+        for cut in range(1, len(request)):
+            meter.line.send(request[:cut])
+            assert meter.line.hear(0.02) == b""
+            assert meter.line.ask(request[cut:]) == answer
+    for byte in POLL[:-1]:
+        meter.line.send(bytes([byte]))
+        assert meter.line.hear(0.02) == b""
+    assert meter.line.ask(POLL[-1:]) == ANSWER
+
+
+def test_of_requests_that_piled_up_only_the_newest_is_answered(meter):
+    meter.broker.publish("3000")
+    meter.line.shows(100, 100, 100, 300)
+    meter.script.process.send_signal(signal.SIGSTOP)
+    meter.line.send(frame("3C 03 00 23 00 01") + frame("3C 03 00 32 00 01"))
+    meter.script.process.send_signal(signal.SIGCONT)
+    assert meter.line.answer() == frame("3C 03 02 01 2C")
+    # the master has given us up and asked another
+    meter.script.process.send_signal(signal.SIGSTOP)
+    meter.line.send(POLL + frame("05 03 00 00 00 01"))
+    meter.script.process.send_signal(signal.SIGCONT)
+    assert meter.line.hear(0.1) == b""
+
+
+def memory(process):
+    """Return the resident memory of a process in kB."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1])
+
+
+def test_foreign_traffic_makes_neither_memory_nor_log_grow(rig):
+    rig, rng = rig().start(), random.Random("a year")
+    rig.broker.publish("3000")
+    rig.line.shows(100, 100, 100, 300)
+    rig.script.says("the heat pump reads the meter")
+
+    def traffic(frames):
+        for _ in range(frames):
+            rig.line.send(FOREIGN[rng.choice(list(FOREIGN))](rng))
+            rig.line.hear(0.0005)
+        eventually(lambda: rig.line.ask(POLL).endswith(ANSWER), what="the answer")
+
+    traffic(500)
+    before, log = memory(rig.script.process), rig.script.log()
+    traffic(3000)
+    assert memory(rig.script.process) - before < 500
+    assert rig.script.log() == log
+
+
+# ------------------------------ Adapter and broker ------------------------------
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_adapter_pulled_and_plugged_in_again_serves_the_newest_value(rig, busy):
+    rig = rig().start()
+    rig.broker.publish("3000")
+    rig.line.shows(100, 100, 100, 300)
+    for turn, watts in enumerate((600, 900, 1200), start=1):
+        if busy:
+            rig.line.send(POLL)
+        rig.line.pull()
+        rig.script.says("is not there", times=turn)
+        rig.broker.publish(str(watts))
+        rig.script.says(f"rest power {watts} W")
+        rig.line.plug()
+        back = time.monotonic()
+        rig.script.says("the meter is on the line", times=turn + 1)
+        phase = watts // 30
+        assert rig.line.power() == (phase, phase, phase, 3 * phase)
+        assert time.monotonic() - back < 3
+    assert rig.script.log().count("is not there") == 3
+    assert rig.script.log().count("the meter is on the line") == 4
+
+
+@pytest.mark.parametrize("first", ["broker", "adapter"])
+def test_broker_and_adapter_away_at_once_come_back_in_either_order(rig, first):
+    rig = rig().start()
+    rig.broker.publish("3000")
+    rig.line.shows(100, 100, 100, 300)
+    rig.broker.kill()
+    rig.line.pull()
+    rig.script.says("is not there")
+    rig.script.says("cannot reach the MQTT broker")
+    if first == "adapter":
+        rig.line.plug()
+        rig.script.says("the meter is on the line", times=2)
+        assert rig.line.power() == (100, 100, 100, 300)
+    rig.broker.start().publish("1000", retain=True)
+    rig.script.says("rest power 1000 W")
+    if first == "broker":
+        rig.line.plug()
+        rig.script.says("the meter is on the line", times=2)
+    assert rig.line.power() == (33, 33, 33, 100)
+
+
+def test_busy_port_is_said_and_taken_when_it_is_free(rig):
+    rig = rig()
+    rig.broker.start()
+    rig.line.plug()
+    with serial.Serial(str(rig.line.port), exclusive=True):
+        rig.script.start().says(
+            "is in use by another program: trying again every second"
+        )
+    rig.script.says("the meter is on the line")
+    assert rig.line.power() == (0, 0, 0, 0)
+
+
+def test_missing_permission_is_said_with_its_cure(rig):
+    rig = rig()
+    rig.broker.start()
+    rig.line.plug()
+    device = rig.line.port.resolve()
+    mode = device.stat().st_mode
+    device.chmod(0)
+    # root may open everything, unless it gives that up
+    meek = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    rig.script.start(*(meek if os.getuid() == 0 else ()))
+    rig.script.says("may not be opened, add your user to the group dialout")
+    device.chmod(mode)
+    rig.script.says("the meter is on the line")
+    assert rig.line.power() == (0, 0, 0, 0)
+
+
+# ------------------------------------- Load -------------------------------------
+def test_flood_of_values_tears_no_reading_and_ends_with_the_last(rig):
+    rig = rig().start()
+    publisher = rig.broker.connect()
+    values = [30 * number for number in range(-1500, 1500)]
+    stop = threading.Event()
+
+    def flood():
+        begin = time.monotonic()
+        for number, watts in enumerate(values):
+            publisher.publish(TOPIC, str(watts))
+            stop.wait(max(0.0, begin + number / 1000 - time.monotonic()))
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    readings = []
+    while thread.is_alive():
+        readings.append(rig.line.power())
+    thread.join()
+    rig.line.shows(1499, 1499, 1499, 4497)
+    assert len(set(readings)) > 100
+    assert [
+        power for power in readings if power != (power[0],) * 3 + (3 * power[0],)
+    ] == []
+    publisher.disconnect()
+    publisher.loop_stop()
+
+
+# --------------------------- The ALE3, register by register ---------------------------
+REGISTERS = [  # R, the datasheet's name, value for 6900 W, value for -6900 W
+    (1, "firmware version", 11, 11),
+    (2, "number of registers", 52, 52),
+    (3, "number of flags", 0, 0),
+    (4, "baudrate, high word", 1, 1),
+    (5, "baudrate, low word", 49664, 49664),  # 115200 = 65536 + 49664
+    (6, "not used", 0, 0),
+    (7, "type", 0x414C, 0x414C),  # AL
+    (8, "type", 0x4533, 0x4533),  # E3
+    (9, "type", 0x4435, 0x4435),  # D5
+    (10, "type", 0x4644, 0x4644),  # FD
+    (11, "type", 0x3130, 0x3130),  # 10
+    (12, "type", 0x4332, 0x4332),  # C2
+    (13, "type", 0x4130, 0x4130),  # A0
+    (14, "type", 0x3000, 0x3000),  # 0
+    (15, "hardware version", 11, 11),
+    (16, "serial number", 0, 0),
+    (17, "serial number", 0, 0),
+    (18, "serial number", 1, 1),
+    (19, "not used", 0, 0),
+    (20, "not used", 0, 0),
+    (21, "not used", 0, 0),
+    (22, "status", 0, 0),
+    (23, "response timeout", 60, 60),
+    (24, "Modbus address", 17, 17),
+    (25, "error", 0, 0),
+    (26, "not used", 0, 0),
+    (27, "tariff", 0, 0),
+    (28, "energy total, tariff 1", 0, 0),
+    (29, "energy total, tariff 1", 0, 0),
+    (30, "energy partial, tariff 1", 0, 0),
+    (31, "energy partial, tariff 1", 0, 0),
+    (32, "energy total, tariff 2", 0, 0),
+    (33, "energy total, tariff 2", 0, 0),
+    (34, "energy partial, tariff 2", 0, 0),
+    (35, "energy partial, tariff 2", 0, 0),
+    (36, "voltage, phase 1", 230, 230),
+    (37, "current, phase 1", 100, 100),
+    (38, "active power, phase 1", 230, 65306),
+    (39, "reactive power, phase 1", 0, 0),
+    (40, "cos phi, phase 1", 100, 100),
+    (41, "voltage, phase 2", 230, 230),
+    (42, "current, phase 2", 100, 100),
+    (43, "active power, phase 2", 230, 65306),
+    (44, "reactive power, phase 2", 0, 0),
+    (45, "cos phi, phase 2", 100, 100),
+    (46, "voltage, phase 3", 230, 230),
+    (47, "current, phase 3", 100, 100),
+    (48, "active power, phase 3", 230, 65306),
+    (49, "reactive power, phase 3", 0, 0),
+    (50, "cos phi, phase 3", 100, 100),
+    (51, "active power, total", 690, 64846),
+    (52, "reactive power, total", 0, 0),
+]
+
+
+@pytest.mark.parametrize(("watts", "column"), [("6900", 2), ("-6900", 3)])
+def test_each_register_is_that_of_the_datasheet(rig, watts, column):
+    rig = rig(baudrate=115200, unit_id=17).start()
+    rig.broker.publish(watts)
+    rig.script.says(f"rest power {watts} W")
+    read = {
+        row[0]: rig.line.registers(row[0] - 1, 1, 17)[0] & 0xFFFF for row in REGISTERS
+    }
+    assert read == {row[0]: row[column] for row in REGISTERS}
+
+
+PHASE_3000 = "00 E6 00 2B 00 64 00 00 00 64"  # 230 V, 4.3 A, 1000 W, 0 var, cos phi 1
+REPLIES = {  # the request, and the reply at 3000 W; both get their CRC
+    "a phase": ("3C 03 00 25 00 01", "3C 03 02 00 64"),
+    "type": (
+        "3C 03 00 06 00 08",
+        "3C 03 10 41 4C 45 33 44 35 46 44 31 30 43 32 41 30 30 00",
+    ),
+    "baudrate and address": ("3C 03 00 03 00 02", "3C 03 04 00 00 4B 00"),
+    "the last register": ("3C 03 00 33 00 01", "3C 03 02 00 00"),
+    "20 registers": (
+        "3C 03 00 20 00 14",
+        f"3C 03 28 00 00 00 00 00 00 {PHASE_3000} {PHASE_3000} {PHASE_3000} 01 2C 00 00",
+    ),
+    "21 registers": ("3C 03 00 00 00 15", "3C 83 02"),
+    "126 registers": ("3C 03 00 00 00 7E", "3C 83 02"),
+    "65535 registers": ("3C 03 00 00 FF FF", "3C 83 02"),
+    "no register": ("3C 03 00 25 00 00", "3C 83 02"),
+    "behind the map": ("3C 03 00 34 00 01", "3C 83 02"),
+    "across the map's end": ("3C 03 00 33 00 02", "3C 83 02"),
+    "far outside": ("3C 03 FF FF 00 01", "3C 83 02"),
+    "reset partial 1": ("3C 10 00 1D 00 02 04 00 00 00 00", "3C 10 00 1D 00 02"),
+    "reset partial 2": ("3C 10 00 21 00 02 04 00 00 00 00", "3C 10 00 21 00 02"),
+    "set partial 1": ("3C 10 00 1D 00 02 04 00 00 00 01", "3C 90 03"),
+    "set partial 2": ("3C 10 00 21 00 02 04 12 34 00 00", "3C 90 03"),
+    "half a counter": ("3C 10 00 1D 00 01 02 00 00", "3C 90 02"),
+    "total counter": ("3C 10 00 1B 00 02 04 00 00 00 00", "3C 90 02"),
+    "both counters": ("3C 10 00 1B 00 04 08 00 00 00 00 00 00 00 00", "3C 90 02"),
+    "a value": ("3C 10 00 25 00 01 02 12 34", "3C 90 02"),
+    "the address": ("3C 10 00 17 00 01 02 00 05", "3C 90 02"),
+    "write behind the map": ("3C 10 00 34 00 01 02 00 00", "3C 90 02"),
+    "too few bytes": ("3C 10 00 1D 00 02 02 00 00", "3C 90 03"),
+    "too many bytes": ("3C 10 00 1D 00 02 06 00 00 00 00 00 00", "3C 90 03"),
+    "fewer bytes than said": ("3C 10 00 1D 00 02 04 00 00", "3C 90 03"),
+    "more bytes than said": ("3C 10 00 1D 00 02 04 00 00 00 00 00 00", "3C 90 03"),
+    "a write of nothing": ("3C 10 00 1D 00 00 00", "3C 90 03"),
+    "1 read coils": ("3C 01 00 25 00 01", "3C 81 01"),
+    "2 read discrete inputs": ("3C 02 00 25 00 01", "3C 82 01"),
+    "4 read input registers": ("3C 04 00 25 00 01", "3C 84 01"),
+    "5 write coil": ("3C 05 00 25 FF 00", "3C 85 01"),
+    "6 write register": ("3C 06 00 25 12 34", "3C 86 01"),
+    "7 exception status": ("3C 07", "3C 87 01"),
+    "8 diagnostics": ("3C 08 00 00 A5 37", "3C 88 01"),
+    "8 listen only": ("3C 08 00 04 00 00", "3C 88 01"),
+    "11 event counter": ("3C 0B", "3C 8B 01"),
+    "12 event log": ("3C 0C", "3C 8C 01"),
+    "15 write coils": ("3C 0F 00 25 00 08 01 FF", "3C 8F 01"),
+    "17 report id": ("3C 11", "3C 91 01"),
+    "20 read file": ("3C 14 07 06 00 04 00 01 00 02", "3C 94 01"),
+    "21 write file": ("3C 15 09 06 00 04 00 07 00 01 12 34", "3C 95 01"),
+    "22 mask write": ("3C 16 00 25 00 F2 00 25", "3C 96 01"),
+    "23 read and write": ("3C 17 00 25 00 01 00 25 00 01 02 12 34", "3C 97 01"),
+    "24 FIFO": ("3C 18 00 25", "3C 98 01"),
+    "43 identification": ("3C 2B 0E 01 00", "3C AB 01"),
+    "0x41": ("3C 41", "3C C1 01"),
+    "0x65 with data": ("3C 65 01 02 03 04 05 06 07 08 09", "3C E5 01"),
+    "0x7F": ("3C 7F 00", "3C FF 01"),
+}
+
+
+@pytest.mark.parametrize(("request_", "reply"), REPLIES.values(), ids=REPLIES)
+def test_meter_replies_as_the_datasheet_says(meter, request_, reply):
+    meter.broker.publish("3000")
+    meter.line.shows(100, 100, 100, 300)
+    before = [meter.line.registers(wire, 13) for wire in (0, 13, 26, 39)]
+    assert meter.line.ask(frame(request_)) == frame(reply)
+    assert [meter.line.registers(wire, 13) for wire in (0, 13, 26, 39)] == before
+    assert meter.line.hear(0) == b""
+
+
+@pytest.mark.parametrize("code", sorted(set(range(1, 128)) - {3, 16}))
+def test_every_other_function_is_refused_by_its_own_code(meter, code):
+    request = frame(f"3C {code:02X} 00 25 00 01")
+    assert meter.line.ask(request) == frame(f"3C {code | 0x80:02X} 01")
+
+
+def test_broadcast_is_not_answered_and_changes_nothing(meter):
+    meter.broker.publish("3000")
+    meter.line.shows(100, 100, 100, 300)
+    meter.line.send(frame("00 10 00 25 00 01 02 12 34"))
+    assert meter.line.hear(0.05) == b""
+    meter.line.send(frame("00 03 00 25 00 01"))
+    assert meter.line.hear(0.05) == b""
+    assert meter.line.power() == (100, 100, 100, 300)
