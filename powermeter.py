@@ -8,7 +8,7 @@ and the heat pump reads it as if from its meter, a rebranded Saia-Burgess ALE3:
 
     MQTT broker -> on_message -> state.reading -> access -> RS-485 -> heat pump
 
-Edit the settings, then start it with: python3 powermeter.py
+Edit the settings, then start it: python3 powermeter.py
 """
 
 # ============================== Settings ==============================
@@ -57,7 +57,6 @@ from pymodbus.server import ServerAsyncStop, StartSerialServer
 from pymodbus.simulator import DataType, SimData, SimDevice
 
 READ_TIMEOUT = 60  # s without a request after which the heat pump does not read
-SUBSCRIBE_AGAIN = 30  # s, until a topic that the broker refused is asked for again
 BROKER = f"the MQTT broker {mqtt_server}:{mqtt_port}"
 
 # What crosses between the threads. It needs no lock: each field is set as a whole,
@@ -65,41 +64,34 @@ BROKER = f"the MQTT broker {mqtt_server}:{mqtt_port}"
 state = SimpleNamespace(
     reading=(0.0, monotonic()),  # rest power in W, and its arrival in s
     session=None,  # an object for each login at the broker; False: login refused
-    refused=None,  # when the broker refused the topic, in s
     asked=None,  # when the last request to our unit came, in s
     heard=False,  # whether anything else has come on the line since then
-    units=frozenset(),  # other units that were asked since then
+    units=frozenset(),  # the other units that were asked since then
 )
 log = logging.getLogger("powermeter")
 last_said = {}
 
 
-def say(subject, level, text, *values):
-    """Log a line, unless it is the last one that was said about its subject."""
-    if last_said.get(subject) != (text, values):
-        last_said[subject] = (text, values)
-        log.log(level, text, *values)
+def say(subject, write, text):
+    """Log a line with write, unless it is the last that was said about its subject."""
+    if last_said.get(subject) != text:
+        last_said[subject] = text
+        write(text)
 
 
 def check_settings():
     """End the script with status 2 and one line where a setting cannot work."""
+    plain = lambda v: v + "" and not {*"+#\0"} & {*v}
+    load_ca = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations
     bauds = (1200, 2400, 4800, 9600, 19200, 38400, 57600, 115200)
     levels = ("DEBUG", "INFO", "WARNING", "ERROR")
-    load_ca = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations
-    rules = {  # whether it can work: a false answer or an error says no
-        "topic": (lambda v: v and not {*v} & {*"+#\0"}, "a topic without + and #"),
+    rules = {  # a value can work where this is true and raises no error
+        "topic": (plain, "a topic without + and #"),
         "mqtt_server": (lambda v: v.encode("idna"), "a host name or an IP address"),
         "mqtt_port": (lambda v: v in range(1, 65536), "1 to 65535"),
-        "mqtt_username": (lambda v: v + "" == v, "a text in quotes"),
-        "mqtt_password": (lambda v: v + "" == v, "a text in quotes"),
-        "mqtt_tls": (lambda v: v in (True, False), "True or False"),
         "mqtt_ca_file": (lambda v: v == "" or not load_ca(v), "'' or a CA file"),
         "max_age": (lambda v: v >= 0, "a number of seconds, or 0"),
-        "status_topic": (
-            lambda v: v != topic and not {*v} & {*"+#\0"},
-            "'' or a topic",
-        ),
-        "serial_port": (lambda v: v and v + "" == v, "the path of a device"),
+        "status_topic": (lambda v: v == "" or v != topic and plain(v), "'' or a topic"),
         "baudrate": (lambda v: v in bauds, bauds),
         "parity": (lambda v: v in ("N", "E", "O"), "'N', 'E' or 'O'"),
         "stopbits": (lambda v: v in (1, 2), "1 or 2"),
@@ -112,8 +104,7 @@ def check_settings():
         with suppress(AttributeError, OSError, TypeError, ValueError):
             if can_work(value) and (type(value) is not float or name == "max_age"):
                 continue
-        shown = "***" if name == "mqtt_password" else repr(value)
-        print(f"{name} = {shown} cannot work, it may be: {allowed}", file=sys.stderr)
+        print(f"{name} = {value!r} cannot work, it may be: {allowed}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -192,59 +183,58 @@ def on_message(_client, _userdata, message):
 
 
 def on_connect(client, _userdata, _flags, reason, _properties):
-    """Subscribe, after each login anew since the broker forgets; or say the refusal."""
+    """Subscribe, at each login anew since the broker forgets; or say the refusal."""
     if reason.is_failure:
         state.session = False
-        text = "%s refuses the login (%s): check mqtt_username and mqtt_password"
-        say("broker", logging.ERROR, text, BROKER, reason)
+        hint = "check mqtt_username and mqtt_password"
+        say("broker", log.error, f"{BROKER} refuses the login ({reason}): {hint}")
     else:
         state.session = object()
-        say("broker", logging.INFO, "connected to %s, topic %s", BROKER, topic)
         client.subscribe(topic)
 
 
-def on_subscribe(_client, _userdata, _mid, reasons, _properties):
-    """Say that the broker refuses the topic; watch() asks for it again."""
-    state.refused = monotonic() if reasons[0].is_failure else None
-    if state.refused:
-        text = "%s refuses the topic %s: check topic, and what mqtt_username may read"
-        say("broker", logging.ERROR, text, BROKER, topic)
+def on_subscribe(client, _userdata, _mid, reasons, _properties):
+    """Say that all is well; where the topic is refused, ask again a second later."""
+    if reasons[0].is_failure:
+        hint = "check topic, and what mqtt_username may read"
+        say("broker", log.error, f"{BROKER} refuses the topic {topic}: {hint}")
+        sleep(1)  # holds up paho's thread, which has nothing to receive yet
+        client.subscribe(topic)
+    else:
+        say("broker", log.info, f"connected to {BROKER}, waiting for {topic}")
 
 
 def on_connect_fail(_client, _userdata):
-    """Say why the broker is out of reach; paho tries on, and is handling the error."""
-    error = sys.exc_info()[1]
+    """Say why the broker is out of reach: the error that paho is just handling."""
+    error, write, hint = sys.exc_info()[1], log.warning, "trying again"
     if isinstance(error, ssl.SSLError):
-        text = "no TLS with %s (%s): check mqtt_ca_file, mqtt_server and mqtt_port"
-        say("broker", logging.ERROR, text, BROKER, error)
-    else:
-        say("broker", logging.WARNING, "cannot reach %s (%s): trying", BROKER, error)
+        write, hint = log.error, "check mqtt_ca_file, mqtt_server and mqtt_port"
+    say("broker", write, f"cannot reach {BROKER} ({error}): {hint}")
 
 
 def on_disconnect(_client, _userdata, _flags, reason, _properties):
-    """Say that the connection was lost, unless by ourselves or by a refused login."""
-    text = "lost %s: connecting again"
-    if state.session is None:
-        text = "%s hangs up before the login: check mqtt_port and mqtt_tls"
+    """Say that the broker hung up; not where we did, or where it refused the login."""
     if reason.is_failure and state.session is not False:
-        say("broker", logging.WARNING, text, BROKER)
+        hint = "connecting again" if state.session else "check mqtt_port and mqtt_tls"
+        say("broker", log.warning, f"{BROKER} closed the connection: {hint}")
     state.session = None
 
 
-# ------------------------ Modbus: the line to the heat pump ------------------------
+# ------------------------- Modbus: the line to the heat pump -------------------------
 def find_frame(data):
-    """Return the size of the good frame that data begins with, 0 where there is none,
-    and whether it is a request. The sizes are from Modbus's Application Protocol 1.1b3.
+    """Return the size of the good frame that data begins with, and if it is a request.
+
+    The size is 0 where there is none. Source: Modbus Application Protocol 1.1b3.
     """
     function, length, sizes = data[1], len(data), {}
-    if function in (1, 2, 3, 4, 5, 6):  # the answer to a read has at least a byte
+    if function < 7:  # an answer to a read has at least one byte of data
         sizes = {5 + data[2] if function < 5 and data[2] else 8: False, 8: True}
     elif function == 16:
         sizes = {8: False, 9 + data[min(6, length - 1)]: True}
     elif function > 0x80:
         sizes = {5: False}
     if data[0] == unit_id and function < 0x80 and function != 3:
-        sizes.setdefault(length, True)  # unknown: it ends where the data end
+        sizes.setdefault(length, True)  # of any size: all that has arrived
     for size, is_request in sizes.items():
         if size <= length and FramerRTU.compute_CRC(data[:size]) == 0:
             return size, is_request
@@ -288,28 +278,16 @@ class LineFramer(FramerRTU):
         return super().encode(payload, device_id, tid)
 
 
-class AnyCountRead(ReadHoldingRegistersRequest):
-    """A read whose count access() judges: pymodbus would answer a bad one with 0x80."""
-
-    def verifyCount(self, *_):
-        """Accept it."""
-
-
-class Refused(ModbusPDU):
-    """A function that the ALE3 does not have."""
-
-    async def datastore_update(self, *_):
-        """Return exception 1."""
-        return ExceptionResponse(self.function_code, ExcCodes.ILLEGAL_FUNCTION)
+async def refuse(request, _context, _unit):
+    """Return exception 1, for a function that the ALE3 does not have."""
+    return ExceptionResponse(request.function_code, ExcCodes.ILLEGAL_FUNCTION)
 
 
 def on_adapter(connected):
     """Say that the meter is on the line, or end the server, which would wait on."""
     if connected:
-        text = "the meter is on the line: %s, %d bit/s 8%s%d, unit %d"
-        say(
-            "line", logging.INFO, text, serial_port, baudrate, parity, stopbits, unit_id
-        )
+        line = f"{serial_port}, {baudrate} bit/s 8{parity}{stopbits}, unit {unit_id}"
+        say("line", log.info, f"the meter is on the line: {line}")
     else:
         asyncio.create_task(ServerAsyncStop())
 
@@ -317,11 +295,14 @@ def on_adapter(connected):
 def serve():
     """Answer on the line, and wait for the adapter where it is missing, for ever."""
     FRAMER_NAME_TO_CLASS[FramerType.RTU] = LineFramer
-    codes = set(range(0x80)) - {3, 16}
-    refused = [type("Refused", (Refused,), {"function_code": code}) for code in codes]
+    # access() judges the count of a read: pymodbus would answer a bad one with 0x80
+    judged = {"verifyCount": lambda *_: None}
+    pdus = [type("Read", (ReadHoldingRegistersRequest,), judged)]
+    for code in set(range(0x80)) - {3, 16}:
+        refused = {"function_code": code, "datastore_update": refuse}
+        pdus.append(type("Refused", (ModbusPDU,), refused))
     registers = SimData(0, values=meter_registers(0), datatype=DataType.REGISTERS)
     meter = SimDevice(unit_id, registers, action=access)
-    hooks = {"trace_connect": on_adapter, "custom_pdu": [AnyCountRead, *refused]}
     port = {"port": serial_port, "baudrate": baudrate, "parity": parity}
     port["stopbits"] = stopbits
     reasons = {
@@ -333,55 +314,39 @@ def serve():
     while True:
         try:
             serial.Serial(**port, exclusive=True).close()  # pymodbus hides the reason
-            StartSerialServer(meter, **port, **hooks)  # returns when it was pulled
-            reason = reasons[errno.ENOENT]
+            StartSerialServer(meter, **port, trace_connect=on_adapter, custom_pdu=pdus)
+            reason = reasons[errno.ENOENT]  # the server ended as it was pulled
         except (OSError, RuntimeError, termios.error) as error:
             reason = reasons.get(error.args[0], f"does not work ({error})")
-        text = "the serial adapter %s %s: trying again every second"
-        say("line", logging.WARNING, text, serial_port, reason)
+        adapter = f"the adapter {serial_port}"
+        say("line", log.warning, f"{adapter} {reason}: trying every second")
         sleep(1)
 
 
 # ------------------------------------ The whole ------------------------------------
-def diagnosis():
-    """Return why the heat pump may not read, from what was heard on the line."""
-    if state.units:
-        units = ", ".join(map(str, sorted(state.units)))
-        return f"only other units were asked: set unit_id to the right one of {units}"
-    if state.heard:
-        return (
-            "what came fits no frame: check baudrate, parity, stopbits, or swap A and B"
-        )
-    return (
-        "nothing came: check the wires A and B, the adapter, and that the meter is "
-        "switched on in the heat pump's settings"
-    )
-
-
 def watch(client):
     """Say and publish what only time brings about, twice a second, for ever."""
-    started, told, told_old, published = monotonic(), None, None, None
+    started, told_old, status, published = monotonic(), None, None, None
     while True:
         sleep(0.5)
-        now, reading = monotonic(), state.reading
-        if max_age and now - reading[1] > max_age and reading is not told_old:
+        reading, quiet = state.reading, monotonic() - (state.asked or started)
+        if max_age and monotonic() - reading[1] > max_age and reading is not told_old:
             told_old = reading
             log.warning("no rest power for %g s: serving 0 W until one comes", max_age)
-        if state.refused and now - state.refused > SUBSCRIBE_AGAIN:
-            state.refused = None
-            client.subscribe(topic)
-        quiet = now - (state.asked or started)
-        if state.asked and quiet < READ_TIMEOUT and told != "online":
-            told = "online"
+        if state.asked and quiet < READ_TIMEOUT and status != "online":
+            status = "online"
             log.info("the heat pump reads the meter, unit %d", unit_id)
-        elif quiet >= READ_TIMEOUT and told != "no heat pump":
-            told = "no heat pump"
-            text = "the heat pump has not read for %g s: %s"
-            log.warning(text, READ_TIMEOUT, diagnosis())
-        status = (told or "no heat pump", state.session)
-        if status_topic and state.session and status != published:
-            published = status
-            client.publish(status_topic, status[0], retain=True)
+        elif quiet >= READ_TIMEOUT and status != "no heat pump":
+            status, units = "no heat pump", ", ".join(map(str, sorted(state.units)))
+            why = "nothing came: check wires A and B, the adapter, the heat pump's menu"
+            if state.heard:
+                why = "no frame fits: check baudrate, parity, stopbits, or swap A and B"
+            if units:
+                why = f"other units were asked: set unit_id to the right one of {units}"
+            log.warning("the heat pump has not read for %g s: %s", READ_TIMEOUT, why)
+        if status_topic and state.session and (status, state.session) != published:
+            published = status, state.session
+            client.publish(status_topic, status or "no heat pump", retain=True)
 
 
 def main():
@@ -399,12 +364,11 @@ def main():
     # One name for all sessions: a dead one ends, with its will, before the next begins.
     name = f"powermeter-{socket.gethostname()}{serial_port.replace('/', '-')}"
     client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, name)
-    client.on_connect, client.on_connect_fail = on_connect, on_connect_fail
-    client.on_subscribe, client.on_message = on_subscribe, on_message
-    client.on_disconnect = on_disconnect
+    for hook in (on_connect, on_connect_fail, on_subscribe, on_message, on_disconnect):
+        setattr(client, hook.__name__, hook)
     client.reconnect_delay_set(1, 10)  # s between two tries
     if mqtt_username:
-        client.username_pw_set(mqtt_username, mqtt_password)
+        client.username_pw_set(str(mqtt_username), str(mqtt_password))
     if mqtt_tls:
         client.tls_set(mqtt_ca_file or None)
     if status_topic:
