@@ -1,11 +1,8 @@
-"""Viessmann's energy meter for photovoltaic surplus, emulated on RS-485.
+"""Viessmann's energy meter, a rebranded Saia-Burgess ALE3, emulated on RS-485.
 
-The home automation publishes the remaining power, in Watt, over MQTT:
+The home automation publishes the remaining power in Watt, the heat pump reads it:
 
     restPower = hpPower - gridPower      (gridPower < 0: power goes to the grid)
-
-and the heat pump reads it as if from its meter, a rebranded Saia-Burgess ALE3:
-
     MQTT broker -> on_message -> state.reading -> access -> RS-485 -> heat pump
 
 Edit the settings, then start it: python3 powermeter.py
@@ -326,7 +323,8 @@ def serve():
 # ------------------------------------ The whole ------------------------------------
 def watch(client):
     """Say and publish what only time brings about, twice a second, for ever."""
-    started, told_old, status, published = monotonic(), None, None, None
+    started, status, warned = monotonic(), "no heat pump", False
+    told_old = published = None
     while True:
         sleep(0.5)
         reading, quiet = state.reading, monotonic() - (state.asked or started)
@@ -334,19 +332,20 @@ def watch(client):
             told_old = reading
             log.warning("no rest power for %g s: serving 0 W until one comes", max_age)
         if state.asked and quiet < READ_TIMEOUT and status != "online":
-            status = "online"
+            status, warned = "online", False
             log.info("the heat pump reads the meter, unit %d", unit_id)
-        elif quiet >= READ_TIMEOUT and status != "no heat pump":
-            status, units = "no heat pump", ", ".join(map(str, sorted(state.units)))
-            why = "nothing came: check wires A and B, the adapter, the heat pump's menu"
+        elif quiet >= READ_TIMEOUT and not warned:
+            status, warned = "no heat pump", True
+            why = "nothing came: check wires A and B, adapter, the heat pump's settings"
             if state.heard:
                 why = "no frame fits: check baudrate, parity, stopbits, or swap A and B"
-            if units:
+            if state.units:
+                units = ", ".join(map(str, sorted(state.units)))
                 why = f"other units were asked: set unit_id to the right one of {units}"
             log.warning("the heat pump has not read for %g s: %s", READ_TIMEOUT, why)
         if status_topic and state.session and (status, state.session) != published:
             published = status, state.session
-            client.publish(status_topic, status or "no heat pump", retain=True)
+            client.publish(status_topic, status, retain=True)
 
 
 def main():
@@ -367,8 +366,7 @@ def main():
     for hook in (on_connect, on_connect_fail, on_subscribe, on_message, on_disconnect):
         setattr(client, hook.__name__, hook)
     client.reconnect_delay_set(1, 10)  # s between two tries
-    if mqtt_username:
-        client.username_pw_set(str(mqtt_username), str(mqtt_password))
+    client.username_pw_set(str(mqtt_username) or None, str(mqtt_password) or None)
     if mqtt_tls:
         client.tls_set(mqtt_ca_file or None)
     if status_topic:

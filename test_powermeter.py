@@ -1130,7 +1130,7 @@ def test_log_says_when_the_heat_pump_starts_and_stops_to_read(rig):
 
 
 SILENCES = {  # what comes on the line meanwhile, and the diagnosis
-    "nothing": (b"", "check wires A and B, the adapter, the heat pump's menu"),
+    "nothing": (b"", "check wires A and B, adapter, the heat pump's settings"),
     "no frame": (bytes(range(40)), "check baudrate, parity, stopbits, or swap A and B"),
     "broken": (POLL[:-1] + b"\0", "check baudrate, parity, stopbits, or swap A and B"),
     "other units": (
