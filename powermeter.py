@@ -20,7 +20,7 @@ mqtt_ca_file = ""  # CA file for a certificate of its own; "" = the system's CAs
 max_age = 300  # s, a value older than that is served as 0 W; 0 = no limit
 status_topic = ""  # topic to publish on whether the heat pump reads; "" = none
 
-# The RS-485 line to the heat pump
+# The RS-485 line to the heat pump, and what it wants to read
 serial_port = "/dev/ttyUSB0"  # the adapter
 baudrate = 19200  # bit/s: 1200, 2400, 4800, 9600, 19200, 38400, 57600 or 115200
 parity = "E"  # "E" = even, "O" = odd, "N" = none
@@ -34,6 +34,7 @@ log_level = "INFO"  # "DEBUG" = every frame too; "WARNING", "ERROR" = less
 import asyncio
 import errno
 import logging
+import os
 import signal
 import socket
 import ssl
@@ -49,21 +50,24 @@ import paho.mqtt.client as mqtt
 import serial
 from pymodbus.constants import ExcCodes
 from pymodbus.framer import FRAMER_NAME_TO_CLASS, FramerRTU, FramerType
-from pymodbus.pdu import ExceptionResponse, ModbusPDU, ReadHoldingRegistersRequest
-from pymodbus.server import ServerAsyncStop, StartSerialServer
+from pymodbus.pdu import ExceptionResponse, ModbusPDU
+from pymodbus.pdu import ReadHoldingRegistersRequest as Read
+from pymodbus.server import ServerAsyncStop, ServerStop, StartSerialServer
 from pymodbus.simulator import DataType, SimData, SimDevice
 
 READ_TIMEOUT = 60  # s without a request after which the heat pump does not read
+MAX_GAP = 0.1  # s between two pieces of a frame; USB adapters make gaps of 0.02 s
 BROKER = f"the MQTT broker {mqtt_server}:{mqtt_port}"
 
 # What crosses between the threads. It needs no lock: each field is set as a whole,
 # to a new object, so that another thread sees either the old one or the new one.
 state = SimpleNamespace(
     reading=(0.0, monotonic()),  # rest power in W, and its arrival in s
-    session=None,  # an object for each login at the broker; False: login refused
+    session=False,  # an object for each login at the broker; None: not yet answered
     asked=None,  # when the last request to our unit came, in s
     heard=False,  # whether anything else has come on the line since then
     units=frozenset(),  # the other units that were asked since then
+    stopping=False,  # whether Ctrl-C or SIGTERM came
 )
 log = logging.getLogger("powermeter")
 last_said = {}
@@ -89,6 +93,7 @@ def check_settings():
         "mqtt_ca_file": (lambda v: v == "" or not load_ca(v), "'' or a CA file"),
         "max_age": (lambda v: v >= 0, "a number of seconds, or 0"),
         "status_topic": (lambda v: v == "" or v != topic and plain(v), "'' or a topic"),
+        "serial_port": (lambda v: v + "" and "\0" not in v, "the path of a device"),
         "baudrate": (lambda v: v in bauds, bauds),
         "parity": (lambda v: v in ("N", "E", "O"), "'N', 'E' or 'O'"),
         "stopbits": (lambda v: v in (1, 2), "1 or 2"),
@@ -144,15 +149,13 @@ def meter_registers(watts):
 
 
 async def access(_function, _start, address, count, registers, values):
-    """Set pymodbus's registers before each access; return an exception code or None.
+    """Set all registers in one go before an access; return an exception code or None.
 
     Takes the wire address (R - 1), the count, and a write's values, None for a read.
-    All registers are set in one go: no read shows parts of two rest powers.
     """
     watts, arrival = state.reading
     too_old = max_age and monotonic() - arrival > max_age
-    now = meter_registers(0.0 if too_old else watts)
-    registers[: len(now)] = now
+    registers[:-1] = meter_registers(0.0 if too_old else watts)  # it has one more
     if values is None:
         return None if 1 <= count <= MAX_COUNT else ExcCodes.ILLEGAL_ADDRESS
     if address + 1 not in PARTIAL_COUNTERS or count != 2:
@@ -164,18 +167,20 @@ async def access(_function, _start, address, count, registers, values):
 def on_message(_client, _userdata, message):
     """Take over the rest power; where there is none in it, surplus is unknown: 0 W."""
     try:
-        if message.payload.translate(None, b"0123456789+-.eE \t\r\n"):
-            raise ValueError("float() would take nan, 1_000 and other scripts' digits")
+        # float() alone would take nan, 1_000 and other scripts' digits
+        strange = message.payload.translate(None, b"0123456789+-.eE \t\r\n")
         watts = float(message.payload)
-        if abs(watts) > MAX_WATTS:
-            raise ValueError("the registers cannot hold it")
+        if strange or abs(watts) > MAX_WATTS:
+            raise ValueError("no plain number, or more than the registers can hold")
     except ValueError:
         state.reading = (0.0, monotonic())
         text = message.payload[:320].decode(errors="replace")[:80]
         text = "".join(char if char.isprintable() else "?" for char in text)
         log.error("'%s' is no rest power in W: serving 0 W until one comes", text)
     else:
-        state.reading = (watts, monotonic())
+        # at a reconnect the broker sends what it retains again, however old that is
+        if not message.retain or watts != state.reading[0]:
+            state.reading = (watts, monotonic())
         log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
 
 
@@ -183,8 +188,8 @@ def on_connect(client, _userdata, _flags, reason, _properties):
     """Subscribe, at each login anew since the broker forgets; or say the refusal."""
     if reason.is_failure:
         state.session = False
-        hint = "check mqtt_username and mqtt_password"
-        say("broker", log.error, f"{BROKER} refuses the login ({reason}): {hint}")
+        what = f"mqtt_username, mqtt_password: {reason}"
+        say("broker", log.error, f"{BROKER} refuses {what}")
     else:
         state.session = object()
         client.subscribe(topic)
@@ -192,9 +197,8 @@ def on_connect(client, _userdata, _flags, reason, _properties):
 
 def on_subscribe(client, _userdata, _mid, reasons, _properties):
     """Say that all is well; where the topic is refused, ask again a second later."""
-    if reasons[0].is_failure:
-        hint = "check topic, and what mqtt_username may read"
-        say("broker", log.error, f"{BROKER} refuses the topic {topic}: {hint}")
+    if any(reason.is_failure for reason in reasons):
+        say("broker", log.error, f"{BROKER} refuses topic {topic} to mqtt_username")
         sleep(1)  # holds up paho's thread, which has nothing to receive yet
         client.subscribe(topic)
     else:
@@ -214,24 +218,26 @@ def on_disconnect(_client, _userdata, _flags, reason, _properties):
     if reason.is_failure and state.session is not False:
         hint = "connecting again" if state.session else "check mqtt_port and mqtt_tls"
         say("broker", log.warning, f"{BROKER} closed the connection: {hint}")
-    state.session = None
+    state.session = False
 
 
 # ------------------------- Modbus: the line to the heat pump -------------------------
-def find_frame(data):
+def find_frame(data, first):
     """Return the size of the good frame that data begins with, and if it is a request.
 
-    The size is 0 where there is none. Source: Modbus Application Protocol 1.1b3.
+    The size is 0 for none. All but reads and writes to us has to come first: elsewhere
+    it would be found in others' data by chance. Sizes: Modbus specification V1.1b3.
     """
     function, length, sizes = data[1], len(data), {}
-    if function < 7:  # an answer to a read has at least one byte of data
-        sizes = {5 + data[2] if function < 5 and data[2] else 8: False, 8: True}
-    elif function == 16:
-        sizes = {8: False, 9 + data[min(6, length - 1)]: True}
-    elif function > 0x80:
+    if function >= 0x80:
         sizes = {5: False}
-    if data[0] == unit_id and function < 0x80 and function != 3:
-        sizes.setdefault(length, True)  # of any size: all that has arrived
+    elif data[0] == unit_id and function not in (3, 16):
+        sizes = {length: True} if first and function else {}
+    elif function == 16:  # of any size too, so that a wrong one can be refused
+        said = 9 + data[min(6, length - 1)]
+        sizes = {said: True, length if first and length > 8 else 8: True, 8: False}
+    elif 0 < function < 7:  # an answer to a read has at least one byte of data
+        sizes = {5 + data[2] if function < 5 and data[2] else 8: False, 8: True}
     for size, is_request in sizes.items():
         if size <= length and FramerRTU.compute_CRC(data[:size]) == 0:
             return size, is_request
@@ -241,31 +247,31 @@ def find_frame(data):
 class LineFramer(FramerRTU):
     """Finds the newest request to our unit in all that comes on a shared line.
 
-    pymodbus's own takes everything for a request to itself: it loses polls, and
-    speaks when others are asked. Silence marks nothing: USB adapters make gaps.
+    pymodbus's own takes all for requests to itself: it loses ours and answers others'.
     """
 
     MAX_SIZE = 4096  # pymodbus drops more than 264 bytes, a request at their end too
     request = None  # the one still to be answered
+    rest, arrival = b"", 0.0  # what may begin a frame, and when it came, in s
 
-    def decode(self, data):
-        """Return how many bytes are used, the unit id, 0, and the request, if any."""
+    def decode(self, new):
+        """Return how many new bytes are used, the unit id, 0 and the request, if any."""
+        now, state.heard = monotonic(), True
+        data = new if now - self.arrival > MAX_GAP else self.rest + new
         start = used = 0
-        state.heard = True
         while start < len(data) - 3:  # the smallest frame has 4 bytes
-            size, is_request = find_frame(data[start : start + 256])
+            size, is_request = find_frame(data[start : start + 256], start == used)
             if size:
                 used, unit, self.request = start + size, data[start], None
                 if is_request and unit == unit_id:
                     self.request = data[start + 1 : used - 2]
+                    state.asked, state.heard, state.units = now, False, frozenset()
                 elif is_request:
                     state.units |= {unit}
             start += size or 1
-        if not self.request:
-            return max(used, len(data) - 255), 0, 0, b""
-        state.asked, state.heard, state.units = monotonic(), False, frozenset()
-        # Again until it is answered: pymodbus forgets it when one more byte comes.
-        return len(data), unit_id, 0, self.request
+        # pymodbus forgets, at an answer the bytes that it keeps, at a byte the request
+        self.rest, self.arrival = data[max(used, len(data) - 255) :], now
+        return len(new), unit_id, 0, self.request or b""
 
     def encode(self, payload, device_id, tid):
         """Return the frame of an answer, or nothing where it was already given."""
@@ -285,17 +291,16 @@ def on_adapter(connected):
     if connected:
         line = f"{serial_port}, {baudrate} bit/s 8{parity}{stopbits}, unit {unit_id}"
         say("line", log.info, f"the meter is on the line: {line}")
-    else:
+    elif not state.stopping:
         asyncio.create_task(ServerAsyncStop())
 
 
 def serve():
-    """Answer on the line, and wait for the adapter where it is missing, for ever."""
+    """Answer on the line, and wait for the adapter where it is missing, until stop."""
     FRAMER_NAME_TO_CLASS[FramerType.RTU] = LineFramer
     # access() judges the count of a read: pymodbus would answer a bad one with 0x80
-    judged = {"verifyCount": lambda *_: None}
-    pdus = [type("Read", (ReadHoldingRegistersRequest,), judged)]
-    for code in set(range(0x80)) - {3, 16}:
+    pdus = [type("AnyRead", (Read,), {"verifyCount": lambda *_: None})]
+    for code in set(range(1, 0x80)) - {3, 16}:
         refused = {"function_code": code, "datastore_update": refuse}
         pdus.append(type("Refused", (ModbusPDU,), refused))
     registers = SimData(0, values=meter_registers(0), datatype=DataType.REGISTERS)
@@ -308,16 +313,17 @@ def serve():
         errno.EAGAIN: "is in use by another program",
         errno.EBUSY: "is in use by another program",
     }
-    while True:
+    while not state.stopping:
         try:
             serial.Serial(**port, exclusive=True).close()  # pymodbus hides the reason
             StartSerialServer(meter, **port, trace_connect=on_adapter, custom_pdu=pdus)
             reason = reasons[errno.ENOENT]  # the server ended as it was pulled
         except (OSError, RuntimeError, termios.error) as error:
             reason = reasons.get(error.args[0], f"does not work ({error})")
-        adapter = f"the adapter {serial_port}"
-        say("line", log.warning, f"{adapter} {reason}: trying every second")
-        sleep(1)
+        if not state.stopping:
+            what = f"the adapter {serial_port} {reason}"
+            say("line", log.warning, f"{what}: trying every second")
+            sleep(1)
 
 
 # ------------------------------------ The whole ------------------------------------
@@ -327,6 +333,10 @@ def watch(client):
     told_old = published = None
     while True:
         sleep(0.5)
+        client.loop_start()  # does nothing, unless an error has ended paho's thread
+        if state.stopping:
+            with suppress(RuntimeError):  # where no server runs
+                ServerStop()
         reading, quiet = state.reading, monotonic() - (state.asked or started)
         if max_age and monotonic() - reading[1] > max_age and reading is not told_old:
             told_old = reading
@@ -357,12 +367,13 @@ def main():
     if log_level == "INFO":
         logging.getLogger("pymodbus").setLevel("WARNING")
     for number in (signal.SIGINT, signal.SIGTERM):  # pymodbus would swallow Ctrl-C
-        signal.signal(number, lambda *_: sys.exit(0))
+        signal.signal(number, lambda *_: setattr(state, "stopping", True))
     log.info("powermeter.py starts")
 
-    # One name for all sessions: a dead one ends, with its will, before the next begins.
-    name = f"powermeter-{socket.gethostname()}{serial_port.replace('/', '-')}"
+    # One name for all its sessions: a dead one ends, with its will, before the next.
+    name = f"powermeter-{socket.gethostname()}-{os.getpid()}"
     client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, name)
+    client.on_pre_connect = lambda *_: setattr(state, "session", None)
     for hook in (on_connect, on_connect_fail, on_subscribe, on_message, on_disconnect):
         setattr(client, hook.__name__, hook)
     client.reconnect_delay_set(1, 10)  # s between two tries
@@ -371,18 +382,16 @@ def main():
         client.tls_set(mqtt_ca_file or None)
     if status_topic:
         client.will_set(status_topic, "offline", retain=True)
-    client.connect_async(mqtt_server, mqtt_port, keepalive=20)  # s, to notice its death
+    client.connect_async(mqtt_server, mqtt_port, keepalive=10)  # s, to notice its death
     client.loop_start()
     threading.Thread(target=watch, args=(client,), daemon=True).start()
-    try:
-        serve()
-    finally:
-        log.info("powermeter.py ends")
-        if state.session:
-            if status_topic:
-                client.publish(status_topic, "offline", retain=True)
-            client.disconnect()
-            client.loop_stop()
+    serve()
+    log.info("powermeter.py ends")
+    if state.session:
+        if status_topic:
+            client.publish(status_topic, "offline", retain=True)
+        client.disconnect()
+        client.loop_stop()
 
 
 if __name__ == "__main__":
