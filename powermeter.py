@@ -225,19 +225,19 @@ def on_disconnect(_client, _userdata, _flags, reason, _properties):
 def find_frame(data, first):
     """Return the size of the good frame that data begins with, and if it is a request.
 
-    The size is 0 for none. All but reads and writes to us has to come first: elsewhere
-    it would be found in others' data by chance. Sizes: Modbus specification V1.1b3.
+    The size is 0 for none. A frame to us whose function has no known size has to come
+    first: elsewhere chance would find it in others' data. Sizes: Modbus V1.1b3.
     """
     function, length, sizes = data[1], len(data), {}
     if function >= 0x80:
         sizes = {5: False}
-    elif data[0] == unit_id and function not in (3, 16):
-        sizes = {length: True} if first and function else {}
     elif function == 16:  # of any size too, so that a wrong one can be refused
         said = 9 + data[min(6, length - 1)]
         sizes = {said: True, length if first and length > 8 else 8: True, 8: False}
     elif 0 < function < 7:  # an answer to a read has at least one byte of data
         sizes = {5 + data[2] if function < 5 and data[2] else 8: False, 8: True}
+    elif function and first and data[0] == unit_id:
+        sizes = {length: True}
     for size, is_request in sizes.items():
         if size <= length and FramerRTU.compute_CRC(data[:size]) == 0:
             return size, is_request
