@@ -36,7 +36,6 @@ import errno
 import logging
 import os
 import signal
-import socket
 import ssl
 import struct
 import sys
@@ -56,11 +55,12 @@ from pymodbus.server import ServerAsyncStop, ServerStop, StartSerialServer
 from pymodbus.simulator import DataType, SimData, SimDevice
 
 READ_TIMEOUT = 60  # s without a request after which the heat pump does not read
+MAX_FRAME = 256  # bytes
 MAX_GAP = 0.1  # s between two pieces of a frame; USB adapters make gaps of 0.02 s
 BROKER = f"the MQTT broker {mqtt_server}:{mqtt_port}"
 
-# What crosses between the threads. It needs no lock: each field is set as a whole,
-# to a new object, so that another thread sees either the old one or the new one.
+# What crosses between the threads. It needs no lock: each field is set by one thread,
+# as a whole, to a new object, so that the others see either the old one or the new.
 state = SimpleNamespace(
     reading=(0.0, monotonic()),  # rest power in W, and its arrival in s
     session=False,  # an object for each login at the broker; None: not yet answered
@@ -70,11 +70,11 @@ state = SimpleNamespace(
     stopping=False,  # whether Ctrl-C or SIGTERM came
 )
 log = logging.getLogger("powermeter")
-last_said = {}
+last_said = {}  # by subject
 
 
 def say(subject, write, text):
-    """Log a line with write, unless it is the last that was said about its subject."""
+    """Write a line to the log, unless it is the last that was said on its subject."""
     if last_said.get(subject) != text:
         last_said[subject] = text
         write(text)
@@ -82,17 +82,21 @@ def say(subject, write, text):
 
 def check_settings():
     """End the script with status 2 and one line where a setting cannot work."""
-    plain = lambda v: v + "" and not {*"+#\0"} & {*v}
+    is_topic = lambda v: v + "" and not {*"+#\0"} & {*v}  # what is no text raises
     load_ca = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations
     bauds = (1200, 2400, 4800, 9600, 19200, 38400, 57600, 115200)
     levels = ("DEBUG", "INFO", "WARNING", "ERROR")
     rules = {  # a value can work where this is true and raises no error
-        "topic": (plain, "a topic without + and #"),
+        "topic": (is_topic, "a topic without + and #"),
         "mqtt_server": (lambda v: v.encode("idna"), "a host name or an IP address"),
         "mqtt_port": (lambda v: v in range(1, 65536), "1 to 65535"),
+        "mqtt_tls": (lambda v: v in (True, False), "True or False"),
         "mqtt_ca_file": (lambda v: v == "" or not load_ca(v), "'' or a CA file"),
         "max_age": (lambda v: v >= 0, "a number of seconds, or 0"),
-        "status_topic": (lambda v: v == "" or v != topic and plain(v), "'' or a topic"),
+        "status_topic": (
+            lambda v: v == "" or v != topic and is_topic(v),
+            "'' or a topic",
+        ),
         "serial_port": (lambda v: v + "" and "\0" not in v, "the path of a device"),
         "baudrate": (lambda v: v in bauds, bauds),
         "parity": (lambda v: v in ("N", "E", "O"), "'N', 'E' or 'O'"),
@@ -104,6 +108,7 @@ def check_settings():
     for name, (can_work, allowed) in rules.items():
         value = globals()[name]
         with suppress(AttributeError, OSError, TypeError, ValueError):
+            # 19200.0 equals 19200, but is no register
             if can_work(value) and (type(value) is not float or name == "max_age"):
                 continue
         print(f"{name} = {value!r} cannot work, it may be: {allowed}", file=sys.stderr)
@@ -114,6 +119,7 @@ def check_settings():
 VOLTAGE = 230  # V
 MAX_WATTS = 327670  # W: the total is 16 bits of 10 W
 MAX_COUNT = 20  # registers in one read
+READ, WRITE = 3, 16  # its function codes: Read Holding and Write Multiple Registers
 PARTIAL_COUNTERS = (30, 34)  # R of the high word; zeros to both words are taken
 
 
@@ -149,13 +155,14 @@ def meter_registers(watts):
 
 
 async def access(_function, _start, address, count, registers, values):
-    """Set all registers in one go before an access; return an exception code or None.
+    """Return the exception code that refuses an access, or None; refresh the registers.
 
     Takes the wire address (R - 1), the count, and a write's values, None for a read.
+    All registers are set in one go, so that no read sees two rest powers.
     """
     watts, arrival = state.reading
     too_old = max_age and monotonic() - arrival > max_age
-    registers[:-1] = meter_registers(0.0 if too_old else watts)  # it has one more
+    registers[:-1] = meter_registers(0.0 if too_old else watts)  # pymodbus adds one
     if values is None:
         return None if 1 <= count <= MAX_COUNT else ExcCodes.ILLEGAL_ADDRESS
     if address + 1 not in PARTIAL_COUNTERS or count != 2:
@@ -174,9 +181,8 @@ def on_message(_client, _userdata, message):
             raise ValueError("no plain number, or more than the registers can hold")
     except ValueError:
         state.reading = (0.0, monotonic())
-        text = message.payload[:320].decode(errors="replace")[:80]
-        text = "".join(char if char.isprintable() else "?" for char in text)
-        log.error("'%s' is no rest power in W: serving 0 W until one comes", text)
+        text = message.payload[:80].decode(errors="replace")
+        log.error("%r is no rest power in W: serving 0 W until one comes", text)
     else:
         # at a reconnect the broker sends what it retains again, however old that is
         if not message.retain or watts != state.reading[0]:
@@ -188,7 +194,7 @@ def on_connect(client, _userdata, _flags, reason, _properties):
     """Subscribe, at each login anew since the broker forgets; or say the refusal."""
     if reason.is_failure:
         state.session = False
-        what = f"mqtt_username, mqtt_password: {reason}"
+        what = f"the login, check mqtt_username and mqtt_password: {reason}"
         say("broker", log.error, f"{BROKER} refuses {what}")
     else:
         state.session = object()
@@ -206,7 +212,7 @@ def on_subscribe(client, _userdata, _mid, reasons, _properties):
 
 
 def on_connect_fail(_client, _userdata):
-    """Say why the broker is out of reach: the error that paho is just handling."""
+    """Say why the broker is out of reach; paho calls this as it handles the error."""
     error, write, hint = sys.exc_info()[1], log.warning, "trying again"
     if isinstance(error, ssl.SSLError):
         write, hint = log.error, "check mqtt_ca_file, mqtt_server and mqtt_port"
@@ -225,19 +231,19 @@ def on_disconnect(_client, _userdata, _flags, reason, _properties):
 def find_frame(data, first):
     """Return the size of the good frame that data begins with, and if it is a request.
 
-    The size is 0 for none. A frame to us whose function has no known size has to come
-    first: elsewhere chance would find it in others' data. Sizes: Modbus V1.1b3.
+    The size is 0 for none. A frame to us of a size that only its CRC tells has to come
+    first, or chance would find it in others' data. Other sizes: Modbus V1.1b3.
     """
     function, length, sizes = data[1], len(data), {}
     if function >= 0x80:
         sizes = {5: False}
-    elif function == 16:  # of any size too, so that a wrong one can be refused
-        said = 9 + data[min(6, length - 1)]
-        sizes = {said: True, length if first and length > 8 else 8: True, 8: False}
     elif 0 < function < 7:  # an answer to a read has at least one byte of data
         sizes = {5 + data[2] if function < 5 and data[2] else 8: False, 8: True}
-    elif function and first and data[0] == unit_id:
-        sizes = {length: True}
+    elif function == WRITE:
+        sizes = {9 + data[min(6, length - 1)]: True, 8: False}
+        first = first and length > 8  # pymodbus cannot decode less
+    if first and data[0] == unit_id and 0 < function < 0x80 and function != READ:
+        sizes.setdefault(length, True)  # of any size, to be refused
     for size, is_request in sizes.items():
         if size <= length and FramerRTU.compute_CRC(data[:size]) == 0:
             return size, is_request
@@ -255,12 +261,13 @@ class LineFramer(FramerRTU):
     rest, arrival = b"", 0.0  # what may begin a frame, and when it came, in s
 
     def decode(self, new):
-        """Return how many new bytes are used, the unit id, 0 and the request, if any."""
+        """Return the number of new bytes, the unit id, 0 and our request, if any."""
         now, state.heard = monotonic(), True
         data = new if now - self.arrival > MAX_GAP else self.rest + new
         start = used = 0
         while start < len(data) - 3:  # the smallest frame has 4 bytes
-            size, is_request = find_frame(data[start : start + 256], start == used)
+            part = data[start : start + MAX_FRAME]
+            size, is_request = find_frame(part, start == used)
             if size:
                 used, unit, self.request = start + size, data[start], None
                 if is_request and unit == unit_id:
@@ -269,8 +276,8 @@ class LineFramer(FramerRTU):
                 elif is_request:
                     state.units |= {unit}
             start += size or 1
-        # pymodbus forgets, at an answer the bytes that it keeps, at a byte the request
-        self.rest, self.arrival = data[max(used, len(data) - 255) :], now
+        # kept here: pymodbus drops its rest when it answers, a request at the next byte
+        self.rest, self.arrival = data[max(used, len(data) - MAX_FRAME) :], now
         return len(new), unit_id, 0, self.request or b""
 
     def encode(self, payload, device_id, tid):
@@ -300,7 +307,7 @@ def serve():
     FRAMER_NAME_TO_CLASS[FramerType.RTU] = LineFramer
     # access() judges the count of a read: pymodbus would answer a bad one with 0x80
     pdus = [type("AnyRead", (Read,), {"verifyCount": lambda *_: None})]
-    for code in set(range(1, 0x80)) - {3, 16}:
+    for code in set(range(1, 0x80)) - {READ, WRITE}:
         refused = {"function_code": code, "datastore_update": refuse}
         pdus.append(type("Refused", (ModbusPDU,), refused))
     registers = SimData(0, values=meter_registers(0), datatype=DataType.REGISTERS)
@@ -371,11 +378,11 @@ def main():
     log.info("powermeter.py starts")
 
     # One name for all its sessions: a dead one ends, with its will, before the next.
-    name = f"powermeter-{socket.gethostname()}-{os.getpid()}"
+    name = f"powermeter-{os.urandom(4).hex()}"
     client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, name)
     client.on_pre_connect = lambda *_: setattr(state, "session", None)
     for hook in (on_connect, on_connect_fail, on_subscribe, on_message, on_disconnect):
-        setattr(client, hook.__name__, hook)
+        setattr(client, hook.__name__, hook)  # each is named as what it is for paho
     client.reconnect_delay_set(1, 10)  # s between two tries
     client.username_pw_set(str(mqtt_username) or None, str(mqtt_password) or None)
     if mqtt_tls:

@@ -351,19 +351,19 @@ def test_bad_value_is_logged_in_one_line_cut_to_80_characters(meter):
     meter.broker.publish("x" * 100_000 + "\n")
     meter.script.says("'" + "x" * 80 + "'")
     meter.broker.publish("first\nsecond \x1b[31m red")
-    meter.script.says("first?second ?[31m red")
+    meter.script.says(r"'first\nsecond \x1b[31m red'")
 
 
 def test_value_older_than_max_age_is_no_surplus_until_the_next(rig):
-    rig = rig(max_age=1.5).start()
+    rig = rig(max_age=1.2).start()
     rig.broker.publish("3000")
     rig.line.shows(100, 100, 100, 300)
     rig.line.shows(0, 0, 0, 0)
-    rig.script.says("WARNING no rest power for 1.5 s: serving 0 W")
+    rig.script.says("WARNING no rest power for 1.2 s: serving 0 W")
     rig.broker.publish("1000")
     rig.line.shows(33, 33, 33, 100)
     rig.line.shows(0, 0, 0, 0)
-    rig.script.says("WARNING no rest power for 1.5 s", times=2)
+    rig.script.says("WARNING no rest power for 1.2 s", times=2)
     assert rig.script.log().count("WARNING no rest power") == 2
 
 
@@ -371,7 +371,7 @@ def test_value_repeated_unchanged_stays_fresh(rig):
     rig = rig(max_age=1).start()
     rig.broker.publish("3000")
     rig.line.shows(100, 100, 100, 300)
-    end = time.monotonic() + 2.5
+    end = time.monotonic() + 1.8
     while time.monotonic() < end:
         rig.broker.publish("3000")
         assert rig.line.power() == (100, 100, 100, 300)
@@ -439,7 +439,8 @@ log_level = "INFO"
 
 
 def test_settings_stand_with_their_defaults_at_the_top_of_the_script():
-    top = "\n".join(SCRIPT.splitlines()[:90])
+    top = SCRIPT[: SCRIPT.index("End of the settings")]
+    assert top.count("\n") < 90
     found = re.findall(r"(?m)^([a-z_]+ = .+?)  # .+$", top)
     assert found == DEFAULTS.strip().splitlines()
 
@@ -456,6 +457,7 @@ def test_settings_stand_with_their_defaults_at_the_top_of_the_script():
         ("mqtt_port", 0, "1 to 65535"),
         ("mqtt_port", 65536, "1 to 65535"),
         ("mqtt_port", "1883", "1 to 65535"),
+        ("mqtt_tls", "no", "True or False"),
         ("mqtt_ca_file", "/nowhere/ca.crt", "CA file"),
         ("mqtt_ca_file", __file__, "CA file"),
         ("serial_port", "", "path"),
@@ -525,7 +527,7 @@ def test_broker_killed_and_back_serves_the_last_value_then_the_newest(rig):
 
 
 def test_last_value_ages_while_the_broker_is_away(rig):
-    rig = rig(max_age=1.5).start()
+    rig = rig(max_age=1.2).start()
     rig.broker.publish("3000")
     rig.line.shows(100, 100, 100, 300)
     rig.broker.kill()
@@ -589,7 +591,7 @@ def test_wrong_password_is_said_once_and_tried_again(rig, tmp_path):
         lambda: rig.broker.log.read_text().count(refused) >= 3, what="a third try"
     )
     (error,) = re.findall(".*(?:WARNING|ERROR).*", rig.script.log())
-    assert "refuses mqtt_username, mqtt_password: Not authorized" in error
+    assert "refuses the login, check mqtt_username and mqtt_password: Not auth" in error
     assert "wr0ng" not in rig.script.log()
     assert rig.line.power() == (0, 0, 0, 0)
 
@@ -940,7 +942,7 @@ def test_adapter_pulled_and_plugged_in_again_serves_the_newest_value(rig, busy):
     rig = rig().start()
     rig.broker.publish("3000")
     rig.line.shows(100, 100, 100, 300)
-    for turn, watts in enumerate((600, 900, 1200), start=1):
+    for turn, watts in enumerate((600, 900), start=1):
         if busy:
             rig.line.send(POLL)
         rig.line.pull()
@@ -953,8 +955,8 @@ def test_adapter_pulled_and_plugged_in_again_serves_the_newest_value(rig, busy):
         phase = watts // 30
         assert rig.line.power() == (phase, phase, phase, 3 * phase)
         assert time.monotonic() - back < 3
-    assert rig.script.log().count("is not there") == 3
-    assert rig.script.log().count("the meter is on the line") == 4
+    assert rig.script.log().count("is not there") == 2
+    assert rig.script.log().count("the meter is on the line") == 3
 
 
 @pytest.mark.parametrize("first", ["broker", "adapter"])
@@ -1008,7 +1010,7 @@ def test_missing_permission_is_said_with_its_cure(rig):
 def test_flood_of_values_tears_no_reading_and_ends_with_the_last(rig):
     rig = rig().start()
     publisher = rig.broker.connect()
-    values = [30 * number for number in range(-1500, 1500)]
+    values = [30 * number for number in range(-1000, 1000)]
     stop = threading.Event()
 
     def flood():
@@ -1023,7 +1025,7 @@ def test_flood_of_values_tears_no_reading_and_ends_with_the_last(rig):
     while thread.is_alive():
         readings.append(rig.line.power())
     thread.join()
-    rig.line.shows(1499, 1499, 1499, 4497)
+    rig.line.shows(999, 999, 999, 2997)
     assert len(set(readings)) > 100
     assert [
         power for power in readings if power != (power[0],) * 3 + (3 * power[0],)
@@ -1190,11 +1192,11 @@ def test_broadcast_is_not_answered_and_changes_nothing(meter):
 
 # ----------------------------- Knowing what is going on -----------------------------
 def test_log_says_when_the_heat_pump_starts_and_stops_to_read(rig):
-    rig = rig(READ_TIMEOUT=1.5).start()
+    rig = rig(READ_TIMEOUT=0.8).start()
     for turn in (1, 2):
         rig.line.ask(POLL)
         rig.script.says("INFO the heat pump reads the meter, unit 60", times=turn)
-        rig.script.says("WARNING the heat pump has not read for 1.5 s", times=turn)
+        rig.script.says("WARNING the heat pump has not read for 0.8 s", times=turn)
     assert rig.script.log().count("has not read") == 2
 
 
@@ -1213,11 +1215,11 @@ SILENCES = {  # what comes on the line meanwhile, and the diagnosis
 
 @pytest.mark.parametrize(("heard", "diagnosis"), SILENCES.values(), ids=SILENCES)
 def test_silence_from_the_start_is_diagnosed_once(rig, heard, diagnosis):
-    rig = rig(READ_TIMEOUT=1).start()
+    rig = rig(READ_TIMEOUT=0.6).start()
     if heard:
         rig.line.send(heard)
-    rig.script.says("has not read for 1 s")
-    time.sleep(1.2)  # for a second warning, which must not come
+    rig.script.says("has not read for 0.6 s")
+    time.sleep(0.8)  # for a second warning, which must not come
     (warning,) = re.findall(".*WARNING.*", rig.script.log())
     assert diagnosis in warning
 
@@ -1354,13 +1356,13 @@ def assert_nothing_stayed_behind(folder):
 
 
 def test_sunny_day_ends_by_itself_and_leaves_nothing_behind(tmp_path):
-    day = day_in(tmp_path, 3)
+    day = day_in(tmp_path, 2.5)
     output, _ = day.communicate(timeout=30)
     assert day.returncode == 0, output
     rows = re.findall(
         r"(?m)^ (\d\d:\d\d) +(-?\d+\.\d\d) +\2 +\2 +(-?\d+\.\d\d) .*$", output
     )
-    assert len(rows) >= 3
+    assert len(rows) >= 2
     totals = [float(row[2]) for row in rows]
     assert totals[0] < 0 < max(totals)
     assert totals[-1] < 0
