@@ -535,6 +535,23 @@ def test_last_value_ages_while_the_broker_is_away(rig):
     rig.line.shows(0, 0, 0, 0)
 
 
+def test_broker_that_answers_nonsense_does_not_deafen_it_for_good(rig):
+    rig = rig()
+    rig.line.plug()
+    with socket.create_server(("127.0.0.1", rig.broker.port)) as nonsense:
+        rig.script.start()
+        connection, _ = nonsense.accept()
+        connection.recv(1000)
+    # "wrong protocol version", and nobody there for the next: paho's thread dies of it
+    connection.sendall(b"\x20\x02\x00\x01")
+    connection.close()
+    rig.script.says("ConnectionRefusedError")
+    rig.broker.start()
+    rig.script.says("connected to the MQTT broker")
+    rig.broker.publish("3000")
+    rig.line.shows(100, 100, 100, 300)
+
+
 def test_adapter_absent_at_the_start_is_waited_for_and_said_once(rig):
     rig = rig()
     rig.broker.start()
@@ -867,6 +884,8 @@ def test_poll_that_begins_right_behind_another_is_answered(meter):
 @pytest.mark.parametrize(
     ("unit", "pieces"),
     [
+        # a write to another unit: its data end like a request to us of function 0x41
+        (60, ("05 10 00 00 00 02 04" + frame("3C 41").hex(" "), "E6 BB")),
         (3, ("03 03 00 1A 00 0B", "24 28")),  # 03 00 1A 00 0B has a good CRC as well
         (3, ("01 03 00 02 00 01", "25 CA")),
         (1, ("05 03 1C 00 01 00 00 20", "00 00")),
@@ -909,6 +928,16 @@ def test_of_requests_that_piled_up_only_the_newest_is_answered(meter):
     meter.line.send(POLL + frame("05 03 00 00 00 01"))
     meter.script.process.send_signal(signal.SIGCONT)
     assert meter.line.hear(0.1) == b""
+
+
+def test_endless_noise_does_not_slow_the_answer(meter):
+    meter.broker.publish("3000")
+    meter.line.shows(100, 100, 100, 300)
+    rng, begin = random.Random("endless"), time.monotonic()
+    for _ in range(200):
+        meter.line.send(rng.randbytes(1000))  # waits where the script falls behind
+    assert meter.line.ask(POLL, 1.0) == ANSWER
+    assert time.monotonic() - begin < 3
 
 
 def memory(process):
