@@ -93,10 +93,7 @@ def check_settings():
         "mqtt_tls": (lambda v: v in (True, False), "True or False"),
         "mqtt_ca_file": (lambda v: v == "" or not load_ca(v), "'' or a CA file"),
         "max_age": (lambda v: v >= 0, "a number of seconds, or 0"),
-        "status_topic": (
-            lambda v: v == "" or v != topic and is_topic(v),
-            "'' or a topic",
-        ),
+        "status_topic": (lambda v: v == "" or v != topic and is_topic(v), "a topic"),
         "serial_port": (lambda v: v + "" and "\0" not in v, "the path of a device"),
         "baudrate": (lambda v: v in bauds, bauds),
         "parity": (lambda v: v in ("N", "E", "O"), "'N', 'E' or 'O'"),
