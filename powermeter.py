@@ -16,7 +16,7 @@ mqtt_port = 1883  # the broker's port: 1883, with TLS mostly 8883
 mqtt_username = ""  # login at the broker; "" = without
 mqtt_password = ""  # its password; "" = without
 mqtt_tls = False  # True = encrypted, and the broker's certificate is verified
-mqtt_ca_file = ""  # CA file for a certificate of its own; "" = the system's CAs
+mqtt_ca_file = ""  # CA file for a broker's own certificate; "" = the system's CAs
 max_age = 300  # s, a value older than that is served as 0 W; 0 = no limit
 status_topic = ""  # topic to publish on whether the heat pump reads; "" = none
 
@@ -226,10 +226,11 @@ def on_disconnect(_client, _userdata, _flags, reason, _properties):
 
 # ------------------------- Modbus: the line to the heat pump -------------------------
 def find_frame(data, first):
-    """Return the size of the good frame that data begins with, and if it is a request.
+    """Return size and "is a request" of the good frame that data (bytes) begins with.
 
-    The size is 0 for none. A frame to us of a size that only its CRC tells has to come
-    first, or chance would find it in others' data. Other sizes: Modbus V1.1b3.
+    The size is 0 for none; sizes: Modbus Application Protocol V1.1b3. A frame to us
+    whose size only its CRC tells has to come first in what was heard, or right behind
+    another: elsewhere chance would find it in others' data.
     """
     function, length, sizes = data[1], len(data), {}
     if function >= 0x80:
@@ -270,7 +271,7 @@ class LineFramer(FramerRTU):
                 if is_request and unit == unit_id:
                     self.request = data[start + 1 : used - 2]
                     state.asked, state.heard, state.units = now, False, frozenset()
-                elif is_request:
+                elif is_request and unit:  # 0 is a broadcast, no unit
                     state.units |= {unit}
             start += size or 1
         # kept here: pymodbus drops its rest when it answers, a request at the next byte

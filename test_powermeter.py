@@ -1236,7 +1236,8 @@ SILENCES = {  # what comes on the line meanwhile, and the diagnosis
     "other units": (
         frame("07 03 00 25 00 01")
         + frame("07 03 02 00 00")
-        + frame("21 04 00 00 00 02"),
+        + frame("21 04 00 00 00 02")
+        + frame("00 06 00 00 00 02"),  # a broadcast: no unit
         "set unit_id to the right one of 7, 33",
     ),
 }
