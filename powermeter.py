@@ -1,11 +1,9 @@
 """Viessmann's energy meter, a rebranded Saia-Burgess ALE3, emulated on RS-485.
 
-The home automation publishes the remaining power in Watt, the heat pump reads it:
+    restPower = hpPower - gridPower      in W; gridPower < 0: power goes to the grid
+    MQTT broker -> Broker.on_message -> Meter.registers -> pymodbus -> heat pump
 
-    restPower = hpPower - gridPower      (gridPower < 0: power goes to the grid)
-    MQTT broker -> on_message -> state.reading -> access -> RS-485 -> heat pump
-
-Edit the settings, then start it: python3 powermeter.py
+Edit the settings, then start it in the README's environment: python3 powermeter.py
 """
 
 # ============================== Settings ==============================
@@ -21,13 +19,12 @@ max_age = 300  # s, a value older than that is served as 0 W; 0 = no limit
 status_topic = ""  # topic to publish on whether the heat pump reads; "" = none
 
 # The RS-485 line to the heat pump, and what it wants to read
-serial_port = "/dev/ttyUSB0"  # the adapter
-baudrate = 19200  # bit/s: 1200, 2400, 4800, 9600, 19200, 38400, 57600 or 115200
-parity = "E"  # "E" = even, "O" = odd, "N" = none
-stopbits = 1  # 1 or 2
+serial_port = "/dev/ttyUSB0"  # the adapter; better its name in /dev/serial/by-id/
+baudrate = 19200  # bit/s; the heat pump's own is found, this is only tried first
+parity = "E"  # "E" = even, "O" = odd, "N" = none; found as well
+stopbits = 1  # 1 or 2; found as well
 unit_id = 60  # the meter's Modbus address, 1 to 247
 surplus_sign = 1  # 1 = the heat pump wants surplus positive, -1 = negative
-
 log_level = "INFO"  # "DEBUG" = every frame too; "WARNING", "ERROR" = less
 # ========================= End of the settings =========================
 
@@ -35,368 +32,484 @@ import asyncio
 import errno
 import logging
 import os
+import queue
+import re
 import signal
 import ssl
 import struct
 import sys
 import termios
 import threading
-from contextlib import suppress
-from time import monotonic, sleep
-from types import SimpleNamespace
+from functools import partial
+from logging.handlers import QueueHandler, QueueListener
+from time import CLOCK_BOOTTIME, clock_gettime, sleep
 
 import paho.mqtt.client as mqtt
 import serial
 from pymodbus.constants import ExcCodes
 from pymodbus.framer import FRAMER_NAME_TO_CLASS, FramerRTU, FramerType
-from pymodbus.pdu import ExceptionResponse, ModbusPDU
-from pymodbus.pdu import ReadHoldingRegistersRequest as Read
-from pymodbus.server import ServerAsyncStop, ServerStop, StartSerialServer
+from pymodbus.pdu import DecodePDU, ExceptionResponse
+from pymodbus.server import ServerAsyncStop, StartSerialServer
 from pymodbus.simulator import DataType, SimData, SimDevice
 
-READ_TIMEOUT = 60  # s without a request after which the heat pump does not read
-MAX_FRAME = 256  # bytes
+READ_TIMEOUT = 60  # s without a read after which the heat pump has stopped to read
+PATIENCE = 20  # s of bytes that fit nothing, until other serial settings are tried
 MAX_GAP = 0.1  # s between two pieces of a frame; USB adapters make gaps of 0.02 s
-BROKER = f"the MQTT broker {mqtt_server}:{mqtt_port}"
-
-# What crosses between the threads. It needs no lock: each field is set by one thread,
-# as a whole, to a new object, so that the others see either the old one or the new.
-state = SimpleNamespace(
-    reading=(0.0, monotonic()),  # rest power in W, and its arrival in s
-    session=False,  # an object for each login at the broker; None: not yet answered
-    asked=None,  # when the last request to our unit came, in s
-    heard=False,  # whether anything else has come on the line since then
-    units=frozenset(),  # the other units that were asked since then
-    stopping=False,  # whether Ctrl-C or SIGTERM came
-)
+MAX_FRAME = 256  # bytes
+BAUDRATES = (19200, 9600, 38400, 115200, 57600, 4800, 2400, 1200)  # likely ones first
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+# A plain number; float() alone would take nan, 1_000 and other alphabets' digits too.
+NUMBER = re.compile(rb"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*")
+ADAPTER_FAULTS = {
+    errno.ENOENT: "is not there",
+    errno.ENODEV: "is not there",
+    errno.EACCES: "may not be opened, add your user to the group dialout",
+    errno.EAGAIN: "is in use by another program",
+    errno.EBUSY: "is in use by another program",
+}
+# paho's thread runs Broker's methods on_..., the main thread all the rest, in the event
+# loop of pymodbus's server while that runs. Both use Meter and Broker.
+now = partial(clock_gettime, CLOCK_BOOTTIME)  # s, goes on while a computer sleeps
+NEVER = float("-inf")  # as a time
 log = logging.getLogger("powermeter")
-last_said = {}  # by subject
+last_said = {}  # subject: the last text that say() wrote on it
+orders = []  # Ctrl-C and SIGTERM add "stop", on which the main thread ends the script
 
 
 def say(subject, write, text):
-    """Write a line to the log, unless it is the last that was said on its subject."""
+    """Write a line by a method of log, unless it was the last on its subject."""
     if last_said.get(subject) != text:
         last_said[subject] = text
         write(text)
 
 
+def is_host(text):
+    """Return whether a text can be a host name or an IP address; may raise ValueError."""
+    has_port = text.count(":") == 1  # an IPv6 address has more
+    return text.encode("idna") != b"" and not has_port and set("/[] ").isdisjoint(text)
+
+
 def check_settings():
     """End the script with status 2 and one line where a setting cannot work."""
-    is_topic = lambda v: v + "" and not {*"+#\0"} & {*v}  # what is no text raises
-    load_ca = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations
-    bauds = (1200, 2400, 4800, 9600, 19200, 38400, 57600, 115200)
-    levels = ("DEBUG", "INFO", "WARNING", "ERROR")
-    rules = {  # a value can work where this is true and raises no error
-        "topic": (is_topic, "a topic without + and #"),
-        "mqtt_server": (lambda v: v.encode("idna"), "a host name or an IP address"),
-        "mqtt_port": (lambda v: v in range(1, 65536), "1 to 65535"),
-        "mqtt_tls": (lambda v: v in (True, False), "True or False"),
-        "mqtt_ca_file": (lambda v: v == "" or not load_ca(v), "'' or a CA file"),
-        "max_age": (lambda v: v >= 0, "a number of seconds, or 0"),
-        "status_topic": (lambda v: v == "" or v != topic and is_topic(v), "a topic"),
-        "serial_port": (lambda v: v + "" and "\0" not in v, "the path of a device"),
-        "baudrate": (lambda v: v in bauds, bauds),
-        "parity": (lambda v: v in ("N", "E", "O"), "'N', 'E' or 'O'"),
-        "stopbits": (lambda v: v in (1, 2), "1 or 2"),
-        "unit_id": (lambda v: v in range(1, 248), "1 to 247"),
-        "surplus_sign": (lambda v: v in (1, -1), "1 or -1"),
-        "log_level": (lambda v: v in levels, levels),
-    }
-    for name, (can_work, allowed) in rules.items():
-        value = globals()[name]
-        with suppress(AttributeError, OSError, TypeError, ValueError):
-            # 19200.0 equals 19200, but is no register
-            if can_work(value) and (type(value) is not float or name == "max_age"):
-                continue
-        print(f"{name} = {value!r} cannot work, it may be: {allowed}", file=sys.stderr)
-        sys.exit(2)
+    text, whole, number, login = (str,), (int,), (int, float), (str, int)
+    wild = set("+#\0")  # these are not allowed in a topic
+    load_ca = ssl.create_default_context  # raises OSError for a file without a CA
+    rows = (  # name, types, whether a value of these types can work, what it may be
+        ("topic", text, lambda v: v and wild.isdisjoint(v), "a topic without + and #"),
+        ("mqtt_server", text, is_host, "a host name or an IP address, without a port"),
+        ("mqtt_port", whole, lambda v: 1 <= v <= 65535, "1 to 65535"),
+        ("mqtt_username", login, lambda v: True, "a text, or '' for none"),
+        ("mqtt_password", login, lambda v: True, "a text, or '' for none"),
+        ("mqtt_tls", (bool,), lambda v: True, "True or False"),
+        ("mqtt_ca_file", text, lambda v: not v or load_ca(cafile=v), "'' or a CA file"),
+        ("max_age", number, lambda v: v >= 0, "a number of seconds, or 0"),
+        ("status_topic", text, lambda v: v != topic and wild.isdisjoint(v), "a topic"),
+        ("serial_port", text, lambda v: v and "\0" not in v, "the path of a device"),
+        ("baudrate", whole, lambda v: v in BAUDRATES, sorted(BAUDRATES)),
+        ("parity", text, lambda v: v in ("E", "O", "N"), "'E', 'O' or 'N'"),
+        ("stopbits", whole, lambda v: v in (1, 2), "1 or 2"),
+        ("unit_id", whole, lambda v: 1 <= v <= 247, "1 to 247"),
+        ("surplus_sign", whole, lambda v: v in (1, -1), "1 or -1"),
+        ("log_level", text, lambda v: v in LOG_LEVELS, LOG_LEVELS),
+    )
+    for name, types, can_work, allowed in rows:
+        value = globals().get(name)
+        try:
+            is_fine = type(value) in types and can_work(value)  # True is no int here
+        except (OSError, ValueError):  # of a file or host name
+            is_fine = False
+        if not is_fine:
+            fault = f"= {value!r} cannot work" if name in globals() else "is missing"
+            quotes = " in quotes" if type(value) is str and str not in types else ""
+            print(f"{name} {fault}{quotes}, it may be: {allowed}", file=sys.stderr)
+            sys.exit(2)
 
 
 # ------------------- The meter: Saia-Burgess ALE3, datasheet 26-527 -------------------
 VOLTAGE = 230  # V
 MAX_WATTS = 327670  # W: the total is 16 bits of 10 W
+REGISTERS = 52
 MAX_COUNT = 20  # registers in one read
 READ, WRITE = 3, 16  # its function codes: Read Holding and Write Multiple Registers
-PARTIAL_COUNTERS = (30, 34)  # R of the high word; zeros to both words are taken
+RESETTABLE = (30, 34)  # R of counters of two words that may be set to 0; R1 is wire 0
 
 
-def meter_registers(watts):
-    """Return the meter's registers R1 to R52 (16 bits each) for a rest power in W."""
-    phase = (
-        VOLTAGE,  # voltage, V
-        round(abs(watts) / 3 / VOLTAGE * 10),  # current, 0.1 A
-        surplus_sign * round(watts / 30) & 0xFFFF,  # active power, 10 W
-        0,  # reactive power, 10 var
-        100,  # cos phi, 0.01
-    )
+def meter_registers(watts, rate):
+    """Return R1 to R52 (16 bits each) for a rest power in W and a baudrate in bit/s."""
+    current = round(abs(watts) / 3 / VOLTAGE * 10)  # 0.1 A
+    power = (surplus_sign * round(watts / 30)) & 0xFFFF  # 10 W, in two's complement
+    phase = (VOLTAGE, current, power, 0, 100)  # with reactive power and cos phi, 0.01
     return [
-        *(11, 52, 0),  # R1-3 firmware version 1.1, number of registers, of flags
-        *divmod(baudrate, 0x10000),  # R4-5 baudrate, bit/s
-        0,  # R6 not used
+        *(11, REGISTERS, 0),  # R1-3 firmware version 1.1, number of registers, of flags
+        *(*divmod(rate, 0x10000), 0),  # R4-5 baudrate, bit/s, R6 not used
         *struct.unpack(">8H", b"ALE3D5FD10C2A00\0"),  # R7-14 type
-        11,  # R15 hardware version 1.1
-        *(0, 0, 1),  # R16-18 serial number
+        *(11, 0, 0, 1),  # R15 hardware version 1.1, R16-18 serial number
         *(0, 0, 0),  # R19-21 not used
-        0,  # R22 status, 0 = no problem
-        60,  # R23 response timeout, ms
-        unit_id,  # R24 Modbus address
-        *(0, 0, 0),  # R25-27 error of the phases, not used, tariff
-        *(0, 0, 0, 0),  # R28-31 energy total and partial, tariff 1, 0.01 kWh
-        *(0, 0, 0, 0),  # R32-35 tariff 2; all 0, as counts would be lost at restarts
-        *phase,  # R36-40 phase 1
-        *phase,  # R41-45 phase 2
-        *phase,  # R46-50 phase 3
-        surplus_sign * round(watts / 10) & 0xFFFF,  # R51 active power, total, 10 W
+        *(0, 60),  # R22 status, 0 = no problem, R23 response timeout, ms
+        *(unit_id, 0, 0, 0),  # R24 Modbus address, R25-27 errors, not used, tariff
+        *[0] * 8,  # R28-35 energy, 0.01 kWh; 0, as counts would be lost at restarts
+        *(phase * 3),  # R36-50 phases 1 to 3
+        (surplus_sign * round(watts / 10)) & 0xFFFF,  # R51 active power, total, 10 W
         0,  # R52 reactive power, total, 10 var
     ]
 
 
-async def access(_function, _start, address, count, registers, values):
-    """Return the exception code that refuses an access, or None; refresh the registers.
-
-    Takes the wire address (R - 1), the count, and a write's values, None for a read.
-    All registers are set in one go, so that no read sees two rest powers.
-    """
-    watts, arrival = state.reading
-    too_old = max_age and monotonic() - arrival > max_age
-    registers[:-1] = meter_registers(0.0 if too_old else watts)  # pymodbus adds one
-    if values is None:
-        return None if 1 <= count <= MAX_COUNT else ExcCodes.ILLEGAL_ADDRESS
-    if address + 1 not in PARTIAL_COUNTERS or count != 2:
+def refusal(request):
+    """Return the exception code for a request (bytes, function code first), or None."""
+    function = request[0]
+    if function not in (READ, WRITE):
+        return ExcCodes.ILLEGAL_FUNCTION
+    if function == READ:
+        wire_address, count = struct.unpack(">HH", request[1:])
+        fits = 1 <= count <= MAX_COUNT and wire_address + count <= REGISTERS
+        return None if fits else ExcCodes.ILLEGAL_ADDRESS
+    if len(request) < 6:  # cut short
+        return ExcCodes.ILLEGAL_VALUE
+    wire_address, count, byte_count = struct.unpack(">HHB", request[1:6])
+    if count == 0 or not byte_count == len(request) - 6 == 2 * count:
+        return ExcCodes.ILLEGAL_VALUE
+    if count != 2 or wire_address + 1 not in RESETTABLE:
         return ExcCodes.ILLEGAL_ADDRESS
-    return ExcCodes.ILLEGAL_VALUE if any(values) else None
+    return ExcCodes.ILLEGAL_VALUE if any(request[6:]) else None  # but zeros
+
+
+class Meter(SimDevice):
+    """pymodbus's datastore: paho's thread writes the registers, the server reads them.
+
+    The main thread writes too, 0 W for a value that is too old. They take turns by the
+    lock, and write all registers in one assignment, which no read can see half done.
+    """
+
+    def __init__(self):
+        zeros = SimData(0, values=[0] * REGISTERS, datatype=DataType.REGISTERS)
+        super().__init__(unit_id, zeros)
+        built = super().build_device()
+        self.build_device = lambda: built  # each server would make new registers
+        _first_address, self.registers, _types = built
+        self.lock = threading.Lock()
+        self.baudrate = baudrate  # in use, bit/s; serve() sets it
+        self.too_old = False  # whether 0 W are served, as the rest power is too old
+        self.update(0.0)
+
+    def update(self, watts=None):
+        """Write the registers: for a new rest power in W, or for one that gets too old."""
+        with self.lock:
+            if watts is not None:
+                self.watts, self.arrival = watts, now()
+            was_too_old = self.too_old
+            self.too_old = max_age > 0 and now() - self.arrival > max_age
+            self.served = 0.0 if self.too_old else self.watts
+            self.registers[:REGISTERS] = meter_registers(self.served, self.baudrate)
+        if self.too_old and not was_too_old:
+            log.warning("no rest power for %g s: serving 0 W until one comes", max_age)
 
 
 # -------------------------- MQTT: where the value comes from --------------------------
-def on_message(_client, _userdata, message):
-    """Take over the rest power; where there is none in it, surplus is unknown: 0 W."""
-    try:
-        # float() alone would take nan, 1_000 and other scripts' digits
-        strange = message.payload.translate(None, b"0123456789+-.eE \t\r\n")
-        watts = float(message.payload)
-        if strange or abs(watts) > MAX_WATTS:
-            raise ValueError("no plain number, or more than the registers can hold")
-    except ValueError:
-        state.reading = (0.0, monotonic())
-        text = message.payload[:80].decode(errors="replace")
-        log.error("%r is no rest power in W: serving 0 W until one comes", text)
-    else:
-        # at a reconnect the broker sends what it retains again, however old that is
-        if not message.retain or watts != state.reading[0]:
-            state.reading = (watts, monotonic())
+class Broker(mqtt.Client):
+    """The connection to the MQTT broker; paho's thread calls the methods on_..."""
+
+    def __init__(self, meter):
+        # One client id for all sessions: the broker ends a dead one before the next.
+        client_id = f"powermeter-{os.urandom(4).hex()}"
+        super().__init__(mqtt.CallbackAPIVersion.VERSION2, client_id)
+        self.meter = meter
+        self.name = f"the MQTT broker {mqtt_server}:{mqtt_port}"
+        self.login = "asked"  # then "let in" or "refused", in the end "closed"
+        self.last_number = None  # the last rest power that came, in W
+        self.last_status = ""  # the last that was published in this session
+        self.reconnect_delay_set(1, 10)  # s between two tries
+        self.username_pw_set(str(mqtt_username) or None, str(mqtt_password) or None)
+        if mqtt_tls:
+            self.tls_set(mqtt_ca_file or None)
+        if status_topic:
+            self.will_set(status_topic, "offline", retain=True)
+        self.connect_async(mqtt_server, mqtt_port, keepalive=10)  # s; by loop_start()
+
+    def on_message(self, _client, _userdata, message):
+        """Write the rest power into the datastore; 0 W where it is no plain number."""
+        payload = message.payload
+        if not NUMBER.fullmatch(payload) or abs(float(payload)) > MAX_WATTS:
+            self.meter.update(0.0)
+            text = payload[:80].decode(errors="replace")
+            log.error("%r is no rest power in W: serving 0 W until one comes", text)
+            return
+        watts = float(payload)
+        # At each login the broker sends what it has retained: it is no younger for that.
+        if message.retain and watts == self.last_number:
+            log.info("rest power %g W again: serving %g W", watts, self.meter.served)
+            return
+        self.last_number = watts
+        self.meter.update(watts)
         log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
 
+    def on_connect(self, _client, _userdata, _flags, reason, _properties):
+        """Subscribe, at each login anew since the broker forgets; or say the refusal."""
+        if reason.is_failure:
+            self.login = "refused"
+            what = f"the login, check mqtt_username and mqtt_password: {reason}"
+            say("broker", log.error, f"{self.name} refuses {what}")
+        else:
+            self.login = "let in"
+            self.subscribe(topic)
+            self.last_status = ""  # so that look_after() publishes it
 
-def on_connect(client, _userdata, _flags, reason, _properties):
-    """Subscribe, at each login anew since the broker forgets; or say the refusal."""
-    if reason.is_failure:
-        state.session = False
-        what = f"the login, check mqtt_username and mqtt_password: {reason}"
-        say("broker", log.error, f"{BROKER} refuses {what}")
-    else:
-        state.session = object()
-        client.subscribe(topic)
+    def on_subscribe(self, _client, _userdata, _mid, reasons, _properties):
+        """Say that all is well; where the topic is refused, ask again a second later."""
+        if any(reason.is_failure for reason in reasons):
+            refused = f"topic {topic} to mqtt_username"
+            say("broker", log.error, f"{self.name} refuses {refused}")
+            sleep(1)  # holds up paho's thread, which has nothing to receive yet
+            self.subscribe(topic)
+        else:
+            say("broker", log.info, f"connected to {self.name}, waiting for {topic}")
 
+    def on_connect_fail(self, _client, _userdata):
+        """Say why the broker cannot be reached."""
+        error = sys.exc_info()[1]  # paho calls this while it handles the error
+        write, hint = log.warning, "trying again"
+        if mqtt_tls and isinstance(error, (ssl.SSLError, ConnectionResetError)):
+            write, hint = (
+                log.error,
+                "check mqtt_tls, port, mqtt_ca_file and mqtt_server",
+            )
+        say("broker", write, f"cannot reach {self.name} ({error}): {hint}")
 
-def on_subscribe(client, _userdata, _mid, reasons, _properties):
-    """Say that all is well; where the topic is refused, ask again a second later."""
-    if any(reason.is_failure for reason in reasons):
-        say("broker", log.error, f"{BROKER} refuses topic {topic} to mqtt_username")
-        sleep(1)  # holds up paho's thread, which has nothing to receive yet
-        client.subscribe(topic)
-    else:
-        say("broker", log.info, f"connected to {BROKER}, waiting for {topic}")
-
-
-def on_connect_fail(_client, _userdata):
-    """Say why the broker is out of reach; paho calls this as it handles the error."""
-    error, write, hint = sys.exc_info()[1], log.warning, "trying again"
-    if isinstance(error, ssl.SSLError):
-        write, hint = log.error, "check mqtt_ca_file, mqtt_server and mqtt_port"
-    say("broker", write, f"cannot reach {BROKER} ({error}): {hint}")
-
-
-def on_disconnect(_client, _userdata, _flags, reason, _properties):
-    """Say that the broker hung up; not where we did, or where it refused the login."""
-    if reason.is_failure and state.session is not False:
-        hint = "connecting again" if state.session else "check mqtt_port and mqtt_tls"
-        say("broker", log.warning, f"{BROKER} closed the connection: {hint}")
-    state.session = False
-
-
-# ------------------------- Modbus: the line to the heat pump -------------------------
-def find_frame(data, first):
-    """Return size and "is a request" of the good frame that data (bytes) begins with.
-
-    The size is 0 for none; sizes: Modbus Application Protocol V1.1b3. A frame to us
-    whose size only its CRC tells has to come first in what was heard, or right behind
-    another: elsewhere chance would find it in others' data.
-    """
-    function, length, sizes = data[1], len(data), {}
-    if function >= 0x80:
-        sizes = {5: False}
-    elif 0 < function < 7:  # an answer to a read has at least one byte of data
-        sizes = {5 + data[2] if function < 5 and data[2] else 8: False, 8: True}
-    elif function == WRITE:
-        sizes = {9 + data[min(6, length - 1)]: True, 8: False}
-        first = first and length > 8  # pymodbus cannot decode less
-    if first and data[0] == unit_id and 0 < function < 0x80 and function != READ:
-        sizes.setdefault(length, True)  # of any size, to be refused
-    for size, is_request in sizes.items():
-        if size <= length and FramerRTU.compute_CRC(data[:size]) == 0:
-            return size, is_request
-    return 0, False
+    def on_disconnect(self, _client, _userdata, _flags, reason, _properties):
+        """Say that the broker hung up; not where this script did, or was refused."""
+        closed = f"{self.name} closed the connection"
+        if reason.is_failure and self.login == "let in":
+            say("broker", log.warning, f"{closed}: connecting again")
+        elif reason.is_failure and self.login == "asked":
+            say("broker", log.warning, f"{closed}: check mqtt_port and mqtt_tls")
+        self.login = "closed"  # paho may call this twice
 
 
-class LineFramer(FramerRTU):
-    """Finds the newest request to our unit in all that comes on a shared line.
+# ---------- Modbus: frames, by the Modbus Application Protocol V1.1b3, chapter 6 ----------
+def frame_sizes(data):
+    """Return (size in bytes, is a request) of the frames that data may begin with."""
+    function, byte_count = data[1], data[2]
+    if function in (1, 2, 3, 4) and byte_count > 0:
+        return [(8, True), (5 + byte_count, False)]
+    if function in (1, 2, 3, 4, 5, 6):  # the answers to 5 and 6 are as their requests
+        return [(8, True)]
+    if function == WRITE and len(data) >= 8:
+        return [(9 + data[6], True), (8, False)]
+    return [(5, False)] if function >= 0x80 else []  # an exception; of others unknown
+
+
+def find_frames(data):
+    """Return the frames in data (bytes), as (frame, is a request), and what is left."""
+    frames, start = [], 0
+    while start < len(data) - 3:  # at every offset: a frame may follow anything
+        for size, is_request in frame_sizes(data[start:]):
+            frame = data[start : start + size]
+            if len(frame) == size and FramerRTU.compute_CRC(frame) == 0:
+                frames.append((frame, is_request))
+                data, start = data[start + size :], 0  # on behind it
+                break
+        else:
+            start += 1
+    # A request to us of unknown size, to be refused: only its CRC tells where it ends. It
+    # has to be all that is left, as at every offset chance finds some in others' data.
+    is_ours = len(data) >= 4 and data[0] == unit_id and 0 < data[1] < 128
+    if is_ours and data[1] != READ and FramerRTU.compute_CRC(data) == 0:
+        return [*frames, (data, True)], b""
+    return frames, data[-MAX_FRAME:]
+
+
+class Refusal(ExceptionResponse):
+    async def datastore_update(self, _context, _unit_id):
+        """Return itself: a refused request is to pymodbus its own answer."""
+        return self
+
+
+class Line(FramerRTU):
+    """The one framer of all servers: finds our requests, and knows what comes and fits.
 
     pymodbus's own takes all for requests to itself: it loses ours and answers others'.
     """
 
-    MAX_SIZE = 4096  # pymodbus drops more than 264 bytes, a request at their end too
-    request = None  # the one still to be answered
-    rest, arrival = b"", 0.0  # what may begin a frame, and when it came, in s
+    def __init__(self, meter):
+        super().__init__(DecodePDU(is_server=True))
+        self.MAX_SIZE = 4096  # pymodbus drops more than 264 bytes, the newest too
+        self.meter = meter
+        self.settings = (baudrate, parity, stopbits)  # that serve() has to use
+        every = [(rate, letter, 1) for rate in BAUDRATES for letter in "ENO"]
+        self.candidates = list(dict.fromkeys([self.settings, *every]))
+        self.proven = False  # whether the settings are right, which stays so
+        self.is_open = False  # whether the adapter is
+        self.heard = False  # whether anything ever came
+        self.last_read, self.quiet_since = NEVER, now()  # s
+        self.refused = b""  # the first request to us that was refused
+        self.asked, self.answering = set(), set()  # unit ids of others
 
-    def decode(self, new):
-        """Return the number of new bytes, the unit id, 0 and our request, if any."""
-        now, state.heard = monotonic(), True
-        data = new if now - self.arrival > MAX_GAP else self.rest + new
-        start = used = 0
-        while start < len(data) - 3:  # the smallest frame has 4 bytes
-            part = data[start : start + MAX_FRAME]
-            size, is_request = find_frame(part, start == used)
-            if size:
-                used, unit, self.request = start + size, data[start], None
-                if is_request and unit == unit_id:
-                    self.request = data[start + 1 : used - 2]
-                    state.asked, state.heard, state.units = now, False, frozenset()
-                elif is_request and unit:  # 0 is a broadcast, no unit
-                    state.units |= {unit}
-            start += size or 1
-        # kept here: pymodbus drops its rest when it answers, a request at the next byte
-        self.rest, self.arrival = data[max(used, len(data) - MAX_FRAME) :], now
-        return len(new), unit_id, 0, self.request or b""
+    def begin(self):
+        """Begin to listen with the settings."""
+        self.left, self.last_byte = b"", now()  # bytes that are no frame yet, and s
+        self.fits = True  # a frame came since the last gap, or at first the end of one
+        self.good_frames, self.last_misfit = 0, NEVER
+        self.unanswered = None  # the request that buildFrame() has to answer
 
-    def encode(self, payload, device_id, tid):
-        """Return the frame of an answer, or nothing where it was already given."""
-        if not self.request:
+    def handleFrame(self, data, _unit_id, _transaction_id):
+        """Return the number of bytes, and the request to us that waits for its answer."""
+        if now() - self.last_byte > MAX_GAP:
+            self.left, self.fits = b"", False
+        self.last_byte, self.heard = now(), True
+        frames, self.left = find_frames(self.left + data)
+        for frame, is_request in frames:
+            unit, function = frame[0], frame[1]
+            self.unanswered = None  # whoever spoke next, it is too late for an answer
+            if is_request and unit == unit_id:
+                self.unanswered = self.take_request(frame[1:-2])
+            elif not is_request:
+                self.answering.add(unit)
+            elif function in (3, 4):  # 5 and 6 may be answers
+                self.asked.add(unit)
+            if function < 0x80:  # an exception is so short that chance makes it
+                self.fits, self.last_misfit = True, NEVER
+                self.good_frames += 1
+        self.proven = self.proven or self.good_frames > 1
+        return len(data), self.unanswered  # anew, as pymodbus forgets it at each byte
+
+    def take_request(self, request):
+        """Return a request to us (bytes, function code first) as pymodbus answers it."""
+        self.proven = True
+        self.meter.update()  # no old value is answered, even if nothing else runs
+        code = refusal(request)
+        if code:
+            self.refused = self.refused or request
+        elif request[0] == READ:
+            self.last_read = self.quiet_since = now()
+        pdu = Refusal(request[0], code) if code else self.decoder.decode(request)
+        pdu.dev_id = unit_id
+        return pdu
+
+    def buildFrame(self, answer):
+        """Return the bytes of the first answer to a request, and none of a second."""
+        if not self.unanswered:
             return b""
-        self.request = None
-        return super().encode(payload, device_id, tid)
+        self.unanswered = None
+        return super().buildFrame(answer)
+
+    def judge(self):
+        """Take the next serial settings where nothing fits with these."""
+        is_over = now() - self.last_byte > MAX_GAP
+        too_long = len(self.left) == MAX_FRAME
+        misfit = too_long or (is_over and self.left and not self.fits)
+        if self.proven or not misfit:
+            return
+        self.left = b""
+        if now() - self.last_misfit > READ_TIMEOUT:  # a single one is none
+            self.misfits_since = now()
+        self.last_misfit = now()
+        tried = self.candidates.index(self.settings)
+        if tried > 0 or now() - self.misfits_since > PATIENCE:
+            self.settings = self.candidates[(tried + 1) % len(self.candidates)]
+            if self.settings == self.candidates[0]:
+                say("round", log.warning, "no serial settings fit: swap A and B")
+
+    def diagnosis(self):
+        """Return a sentence on why the heat pump does not read."""
+        units = " or ".join(map(str, sorted(self.asked - self.answering - {0})))
+        reasons = (  # the first that is true
+            (self.last_read > NEVER, "it stopped asking: is it on, are all wires in?"),
+            (self.refused, f"the meter refuses what it asks: {self.refused.hex(' ')}"),
+            (units, f"other units are asked in vain: set unit_id = {units}"),
+            (self.proven, "it does not ask for a meter: switch it on in its settings"),
+            (self.heard, "no frame fits: trying other serial settings; swap A and B?"),
+            (True, "nothing came: check wires A and B, adapter, the pump's settings"),
+        )
+        return next(sentence for is_true, sentence in reasons if is_true)
 
 
-async def refuse(request, _context, _unit):
-    """Return exception 1, for a function that the ALE3 does not have."""
-    return ExceptionResponse(request.function_code, ExcCodes.ILLEGAL_FUNCTION)
+def look_after(broker, line):
+    """Do what only time brings about; the main thread calls this all the time."""
+    try:
+        broker.loop_start()  # starts paho's thread, also where an error has ended it
+        line.meter.update()
+        line.judge()
+        if line.proven and line.settings != line.candidates[0]:
+            rate, letter, bits = line.settings
+            found = f'set baudrate = {rate}, parity = "{letter}", stopbits = {bits}'
+            found = f"the heat pump speaks {rate} bit/s 8{letter}{bits}: {found}"
+            say("found", log.info, found)
+        reads = now() - line.last_read < READ_TIMEOUT
+        status = "online" if reads else "no heat pump"
+        if status_topic and broker.last_status != status:
+            broker.last_status = status
+            broker.publish(status_topic, status, retain=True)
+        if reads:
+            say("heat pump", log.info, f"the heat pump reads the meter, unit {unit_id}")
+        elif now() - line.quiet_since >= READ_TIMEOUT:
+            quiet = f"the heat pump has not read for {READ_TIMEOUT} s"
+            say("heat pump", log.warning, f"{quiet}: {line.diagnosis()}")
+    except Exception as error:  # noqa: BLE001, the line has to be answered all the same
+        say("error", log.exception, f"going on after an error: {error!r}")
 
 
-def on_adapter(connected):
-    """Say that the meter is on the line, or end the server, which would wait on."""
-    if connected:
-        line = f"{serial_port}, {baudrate} bit/s 8{parity}{stopbits}, unit {unit_id}"
-        say("line", log.info, f"the meter is on the line: {line}")
-    elif not state.stopping:
-        asyncio.create_task(ServerAsyncStop())
+def serve(broker, line):
+    """Answer on the line, and wait for the adapter where it is missing, until the stop."""
 
+    def on_adapter(connected):
+        line.is_open = connected
+        if connected:
+            asyncio.create_task(attend())
+            say("adapter", log.info, f"the meter is on the line: {serial_port}")
+            # pyserial turns the check of parity off: odd would be taken for even
+            os.spawnlp(os.P_WAIT, "stty", "stty", "--file", serial_port, "inpck")
 
-def serve():
-    """Answer on the line, and wait for the adapter where it is missing, until stop."""
-    FRAMER_NAME_TO_CLASS[FramerType.RTU] = LineFramer
-    # access() judges the count of a read: pymodbus would answer a bad one with 0x80
-    pdus = [type("AnyRead", (Read,), {"verifyCount": lambda *_: None})]
-    for code in set(range(1, 0x80)) - {READ, WRITE}:
-        refused = {"function_code": code, "datastore_update": refuse}
-        pdus.append(type("Refused", (ModbusPDU,), refused))
-    registers = SimData(0, values=meter_registers(0), datatype=DataType.REGISTERS)
-    meter = SimDevice(unit_id, registers, action=access)
-    port = {"port": serial_port, "baudrate": baudrate, "parity": parity}
-    port["stopbits"] = stopbits
-    reasons = {
-        errno.ENOENT: "is not there",
-        errno.EACCES: "may not be opened, add your user to the group dialout",
-        errno.EAGAIN: "is in use by another program",
-        errno.EBUSY: "is in use by another program",
-    }
-    while not state.stopping:
+    async def attend():  # alone ends the server, as pymodbus raises at a second end
+        while line.is_open and line.settings == settings and not orders:
+            look_after(broker, line)
+            await asyncio.sleep(0.1)
+        await ServerAsyncStop()
+
+    FRAMER_NAME_TO_CLASS[FramerType.RTU] = lambda _decoder: line
+    while not orders:
+        settings = rate, letter, bits = line.settings
+        port = {
+            "port": serial_port,
+            "baudrate": rate,
+            "parity": letter,
+            "stopbits": bits,
+        }
+        line.meter.baudrate = rate
+        line.begin()
+        fault = "is not there"  # where the server ends without an error
         try:
-            serial.Serial(**port, exclusive=True).close()  # pymodbus hides the reason
-            StartSerialServer(meter, **port, trace_connect=on_adapter, custom_pdu=pdus)
-            reason = reasons[errno.ENOENT]  # the server ended as it was pulled
+            serial.Serial(exclusive=True, **port).close()  # pymodbus hides the error
+            StartSerialServer(line.meter, trace_connect=on_adapter, **port)
         except (OSError, RuntimeError, termios.error) as error:
-            reason = reasons.get(error.args[0], f"does not work ({error})")
-        if not state.stopping:
-            what = f"the adapter {serial_port} {reason}"
-            say("line", log.warning, f"{what}: trying every second")
+            fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
+        if line.settings == settings and not orders:
+            what = f"the adapter {serial_port} {fault}: trying every second"
+            say("adapter", log.warning, what)
+            look_after(broker, line)
             sleep(1)
-
-
-# ------------------------------------ The whole ------------------------------------
-def watch(client):
-    """Say and publish what only time brings about, twice a second, for ever."""
-    started, status, warned = monotonic(), "no heat pump", False
-    told_old = published = None
-    while True:
-        sleep(0.5)
-        client.loop_start()  # does nothing, unless an error has ended paho's thread
-        if state.stopping:
-            with suppress(RuntimeError):  # where no server runs
-                ServerStop()
-        reading, quiet = state.reading, monotonic() - (state.asked or started)
-        if max_age and monotonic() - reading[1] > max_age and reading is not told_old:
-            told_old = reading
-            log.warning("no rest power for %g s: serving 0 W until one comes", max_age)
-        if state.asked and quiet < READ_TIMEOUT and status != "online":
-            status, warned = "online", False
-            log.info("the heat pump reads the meter, unit %d", unit_id)
-        elif quiet >= READ_TIMEOUT and not warned:
-            status, warned = "no heat pump", True
-            why = "nothing came: check wires A and B, adapter, the heat pump's settings"
-            if state.heard:
-                why = "no frame fits: check baudrate, parity, stopbits, or swap A and B"
-            if state.units:
-                units = ", ".join(map(str, sorted(state.units)))
-                why = f"other units were asked: set unit_id to the right one of {units}"
-            log.warning("the heat pump has not read for %g s: %s", READ_TIMEOUT, why)
-        if status_topic and state.session and (status, state.session) != published:
-            published = status, state.session
-            client.publish(status_topic, status, retain=True)
+            line.quiet_since = now()  # the heat pump could not read
 
 
 def main():
     """Carry the value from the broker to the line, until Ctrl-C or SIGTERM."""
     check_settings()
+    for number in (signal.SIGINT, signal.SIGTERM):  # what they raise may get lost
+        signal.signal(number, lambda *_: orders.append("stop"))
     sys.stdout.reconfigure(errors="backslashreplace")
-    line = "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(stream=sys.stdout, level=log_level, format=line)
-    if log_level == "INFO":
-        logging.getLogger("pymodbus").setLevel("WARNING")
-    for number in (signal.SIGINT, signal.SIGTERM):  # pymodbus would swallow Ctrl-C
-        signal.signal(number, lambda *_: setattr(state, "stopping", True))
+    # A terminal stopped by Ctrl-S stops the listener's thread alone; more lines are lost.
+    lines, line = queue.Queue(1000), "%(asctime)s %(levelname)s %(message)s"
+    QueueListener(lines, logging.StreamHandler(sys.stdout)).start()
+    logging.basicConfig(level=log_level, handlers=[QueueHandler(lines)], format=line)
+    logging.raiseExceptions = False
+    logging.getLogger("pymodbus.logging").disabled = log_level != "DEBUG"
     log.info("powermeter.py starts")
-
-    # One name for all its sessions: a dead one ends, with its will, before the next.
-    name = f"powermeter-{os.urandom(4).hex()}"
-    client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, name)
-    client.on_pre_connect = lambda *_: setattr(state, "session", None)
-    for hook in (on_connect, on_connect_fail, on_subscribe, on_message, on_disconnect):
-        setattr(client, hook.__name__, hook)  # each is named as what it is for paho
-    client.reconnect_delay_set(1, 10)  # s between two tries
-    client.username_pw_set(str(mqtt_username) or None, str(mqtt_password) or None)
-    if mqtt_tls:
-        client.tls_set(mqtt_ca_file or None)
-    if status_topic:
-        client.will_set(status_topic, "offline", retain=True)
-    client.connect_async(mqtt_server, mqtt_port, keepalive=10)  # s, to notice its death
-    client.loop_start()
-    threading.Thread(target=watch, args=(client,), daemon=True).start()
-    serve()
+    broker = Broker(Meter())
+    serve(broker, Line(broker.meter))
     log.info("powermeter.py ends")
-    if state.session:
-        if status_topic:
-            client.publish(status_topic, "offline", retain=True)
-        client.disconnect()
-        client.loop_stop()
+    if status_topic:
+        broker.publish(status_topic, "offline", retain=True)
+    broker.disconnect()
+    sleep(0.5)  # for the threads to send and write what is left
+    os._exit(0)  # a stopped terminal would hold up a normal end for ever
 
 
 if __name__ == "__main__":
