@@ -22,7 +22,7 @@ status_topic = ""  # topic to publish on whether the heat pump reads; "" = none
 serial_port = "/dev/ttyUSB0"  # the adapter; better its name in /dev/serial/by-id/
 baudrate = 19200  # bit/s; the heat pump's own is found, this is only tried first
 parity = "E"  # "E" = even, "O" = odd, "N" = none; found as well
-stopbits = 1  # 1 or 2; found as well
+stopbits = 1  # 1 or 2; 1 hears 2 as well, so only 1 is tried later
 unit_id = 60  # the meter's Modbus address, 1 to 247
 surplus_sign = 1  # 1 = the heat pump wants surplus positive, -1 = negative
 log_level = "INFO"  # "DEBUG" = every frame too; "WARNING", "ERROR" = less
@@ -53,7 +53,7 @@ from pymodbus.server import ServerAsyncStop, StartSerialServer
 from pymodbus.simulator import DataType, SimData, SimDevice
 
 READ_TIMEOUT = 60  # s without a read after which the heat pump has stopped to read
-PATIENCE = 20  # s of bytes that fit nothing, until other serial settings are tried
+PATIENCE = 20  # s in which bytes came but no frame, then other settings are tried
 MAX_GAP = 0.1  # s between two pieces of a frame; USB adapters make gaps of 0.02 s
 MAX_FRAME = 256  # bytes
 BAUDRATES = (19200, 9600, 38400, 115200, 57600, 4800, 2400, 1200)  # likely ones first
@@ -84,7 +84,7 @@ def say(subject, write, text):
 
 
 def is_host(text):
-    """Return whether a text can be a host name or an IP address; may raise ValueError."""
+    """Return whether text can be a host name or IP address; a ValueError is a no, too."""
     has_port = text.count(":") == 1  # an IPv6 address has more
     return text.encode("idna") != b"" and not has_port and set("/[] ").isdisjoint(text)
 
@@ -138,7 +138,7 @@ def meter_registers(watts, rate):
     """Return R1 to R52 (16 bits each) for a rest power in W and a baudrate in bit/s."""
     current = round(abs(watts) / 3 / VOLTAGE * 10)  # 0.1 A
     power = (surplus_sign * round(watts / 30)) & 0xFFFF  # 10 W, in two's complement
-    phase = (VOLTAGE, current, power, 0, 100)  # with reactive power and cos phi, 0.01
+    phase = (VOLTAGE, current, power, 0, 100)  # 0 var, cos phi 1.00 in steps of 0.01
     return [
         *(11, REGISTERS, 0),  # R1-3 firmware version 1.1, number of registers, of flags
         *(*divmod(rate, 0x10000), 0),  # R4-5 baudrate, bit/s, R6 not used
@@ -160,10 +160,10 @@ def refusal(request):
     if function not in (READ, WRITE):
         return ExcCodes.ILLEGAL_FUNCTION
     if function == READ:
-        wire_address, count = struct.unpack(">HH", request[1:])
+        wire_address, count = struct.unpack(">HH", request[1:])  # always whole
         fits = 1 <= count <= MAX_COUNT and wire_address + count <= REGISTERS
         return None if fits else ExcCodes.ILLEGAL_ADDRESS
-    if len(request) < 6:  # cut short
+    if len(request) < 6:  # cut short, as find_frames() passes on all but reads
         return ExcCodes.ILLEGAL_VALUE
     wire_address, count, byte_count = struct.unpack(">HHB", request[1:6])
     if count == 0 or not byte_count == len(request) - 6 == 2 * count:
@@ -184,7 +184,7 @@ class Meter(SimDevice):
         zeros = SimData(0, values=[0] * REGISTERS, datatype=DataType.REGISTERS)
         super().__init__(unit_id, zeros)
         built = super().build_device()
-        self.build_device = lambda: built  # each server would make new registers
+        self.build_device = lambda: built  # serve() starts many servers: one datastore
         _first_address, self.registers, _types = built
         self.lock = threading.Lock()
         self.baudrate = baudrate  # in use, bit/s; serve() sets it
@@ -214,7 +214,7 @@ class Broker(mqtt.Client):
         super().__init__(mqtt.CallbackAPIVersion.VERSION2, client_id)
         self.meter = meter
         self.name = f"the MQTT broker {mqtt_server}:{mqtt_port}"
-        self.login = "asked"  # then "let in" or "refused", in the end "closed"
+        self.login = "asked"  # in the first session; then "let in", "refused", "closed"
         self.last_number = None  # the last rest power that came, in W
         self.last_status = ""  # the last that was published in this session
         self.reconnect_delay_set(1, 10)  # s between two tries
@@ -223,7 +223,7 @@ class Broker(mqtt.Client):
             self.tls_set(mqtt_ca_file or None)
         if status_topic:
             self.will_set(status_topic, "offline", retain=True)
-        self.connect_async(mqtt_server, mqtt_port, keepalive=10)  # s; by loop_start()
+        self.connect_async(mqtt_server, mqtt_port, keepalive=10)  # s; at loop_start()
 
     def on_message(self, _client, _userdata, message):
         """Write the rest power into the datastore; 0 W where it is no plain number."""
@@ -234,7 +234,7 @@ class Broker(mqtt.Client):
             log.error("%r is no rest power in W: serving 0 W until one comes", text)
             return
         watts = float(payload)
-        # At each login the broker sends what it has retained: it is no younger for that.
+        # The broker repeats a retained message at each login: that makes it no newer.
         if message.retain and watts == self.last_number:
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
             return
@@ -281,7 +281,7 @@ class Broker(mqtt.Client):
             say("broker", log.warning, f"{closed}: connecting again")
         elif reason.is_failure and self.login == "asked":
             say("broker", log.warning, f"{closed}: check mqtt_port and mqtt_tls")
-        self.login = "closed"  # paho may call this twice
+        self.login = "closed"  # so that a second call for the same end says nothing
 
 
 # ---------- Modbus: frames, by the Modbus Application Protocol V1.1b3, chapter 6 ----------
@@ -290,7 +290,7 @@ def frame_sizes(data):
     function, byte_count = data[1], data[2]
     if function in (1, 2, 3, 4) and byte_count > 0:
         return [(8, True), (5 + byte_count, False)]
-    if function in (1, 2, 3, 4, 5, 6):  # the answers to 5 and 6 are as their requests
+    if function in (1, 2, 3, 4, 5, 6):  # 5 and 6 are answered by the very same bytes
         return [(8, True)]
     if function == WRITE and len(data) >= 8:
         return [(9 + data[6], True), (8, False)]
@@ -309,8 +309,8 @@ def find_frames(data):
                 break
         else:
             start += 1
-    # A request to us of unknown size, to be refused: only its CRC tells where it ends. It
-    # has to be all that is left, as at every offset chance finds some in others' data.
+    # A request to us of a size unknown to frame_sizes(), to be refused: its CRC alone
+    # tells its end. So only all that is left: parts of others' data fit by chance.
     is_ours = len(data) >= 4 and data[0] == unit_id and 0 < data[1] < 128
     if is_ours and data[1] != READ and FramerRTU.compute_CRC(data) == 0:
         return [*frames, (data, True)], b""
@@ -324,7 +324,7 @@ class Refusal(ExceptionResponse):
 
 
 class Line(FramerRTU):
-    """The one framer of all servers: finds our requests, and knows what comes and fits.
+    """The one framer of all servers: finds our requests, and the right serial settings.
 
     pymodbus's own takes all for requests to itself: it loses ours and answers others'.
     """
@@ -337,22 +337,25 @@ class Line(FramerRTU):
         every = [(rate, letter, 1) for rate in BAUDRATES for letter in "ENO"]
         self.candidates = list(dict.fromkeys([self.settings, *every]))
         self.proven = False  # whether the settings are right, which stays so
-        self.is_open = False  # whether the adapter is
         self.heard = False  # whether anything ever came
-        self.last_read, self.quiet_since = NEVER, now()  # s
+        self.last_read = NEVER  # s
+        self.quiet_since = now()  # s; the last read, or the time without an adapter
         self.refused = b""  # the first request to us that was refused
         self.asked, self.answering = set(), set()  # unit ids of others
 
     def begin(self):
         """Begin to listen with the settings."""
         self.left, self.last_byte = b"", now()  # bytes that are no frame yet, and s
-        self.fits = True  # a frame came since the last gap, or at first the end of one
-        self.good_frames, self.last_misfit = 0, NEVER
+        self.fits = True  # whether a frame came since the last gap, or no gap yet
+        self.misfit = False  # whether something came, between two gaps, and no frame
+        self.good_frames = 0
+        self.misfits_since = self.last_misfit = NEVER  # s
         self.unanswered = None  # the request that buildFrame() has to answer
 
     def handleFrame(self, data, _unit_id, _transaction_id):
-        """Return the number of bytes, and the request to us that waits for its answer."""
+        """Return the bytes used, all of them, and the request to us that waits."""
         if now() - self.last_byte > MAX_GAP:
+            self.misfit = self.misfit or bool(self.left and not self.fits)
             self.left, self.fits = b"", False
         self.last_byte, self.heard = now(), True
         frames, self.left = find_frames(self.left + data)
@@ -385,7 +388,7 @@ class Line(FramerRTU):
         return pdu
 
     def buildFrame(self, answer):
-        """Return the bytes of the first answer to a request, and none of a second."""
+        """Return an answer's bytes once: handleFrame() returns a request repeatedly."""
         if not self.unanswered:
             return b""
         self.unanswered = None
@@ -395,15 +398,15 @@ class Line(FramerRTU):
         """Take the next serial settings where nothing fits with these."""
         is_over = now() - self.last_byte > MAX_GAP
         too_long = len(self.left) == MAX_FRAME
-        misfit = too_long or (is_over and self.left and not self.fits)
+        misfit = self.misfit or too_long or (is_over and self.left and not self.fits)
         if self.proven or not misfit:
             return
-        self.left = b""
-        if now() - self.last_misfit > READ_TIMEOUT:  # a single one is none
+        self.left, self.misfit = b"", False
+        if now() - self.last_misfit > READ_TIMEOUT:  # the first, or the first for long
             self.misfits_since = now()
         self.last_misfit = now()
         tried = self.candidates.index(self.settings)
-        if tried > 0 or now() - self.misfits_since > PATIENCE:
+        if tried > 0 or now() - self.misfits_since > PATIENCE:  # others go at once
             self.settings = self.candidates[(tried + 1) % len(self.candidates)]
             if self.settings == self.candidates[0]:
                 say("round", log.warning, "no serial settings fit: swap A and B")
@@ -430,8 +433,8 @@ def look_after(broker, line):
         line.judge()
         if line.proven and line.settings != line.candidates[0]:
             rate, letter, bits = line.settings
-            found = f'set baudrate = {rate}, parity = "{letter}", stopbits = {bits}'
-            found = f"the heat pump speaks {rate} bit/s 8{letter}{bits}: {found}"
+            advice = f'set baudrate = {rate}, parity = "{letter}", stopbits = {bits}'
+            found = f"the heat pump speaks {rate} bit/s 8{letter}{bits}: {advice}"
             say("found", log.info, found)
         reads = now() - line.last_read < READ_TIMEOUT
         status = "online" if reads else "no heat pump"
@@ -456,12 +459,12 @@ def serve(broker, line):
             asyncio.create_task(attend())
             say("adapter", log.info, f"the meter is on the line: {serial_port}")
             # pyserial turns the check of parity off: odd would be taken for even
-            os.spawnlp(os.P_WAIT, "stty", "stty", "--file", serial_port, "inpck")
+            os.spawnlp(os.P_WAIT, "stty", "stty", "-F", serial_port, "inpck")
 
-    async def attend():  # alone ends the server, as pymodbus raises at a second end
+    async def attend():  # the only one to end a server: pymodbus raises at a second end
         while line.is_open and line.settings == settings and not orders:
             look_after(broker, line)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.2)
         await ServerAsyncStop()
 
     FRAMER_NAME_TO_CLASS[FramerType.RTU] = lambda _decoder: line
@@ -481,7 +484,7 @@ def serve(broker, line):
             StartSerialServer(line.meter, trace_connect=on_adapter, **port)
         except (OSError, RuntimeError, termios.error) as error:
             fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
-        if line.settings == settings and not orders:
+        if line.settings == settings and not orders:  # the adapter ended the server
             what = f"the adapter {serial_port} {fault}: trying every second"
             say("adapter", log.warning, what)
             look_after(broker, line)
@@ -492,13 +495,13 @@ def serve(broker, line):
 def main():
     """Carry the value from the broker to the line, until Ctrl-C or SIGTERM."""
     check_settings()
-    for number in (signal.SIGINT, signal.SIGTERM):  # what they raise may get lost
+    for number in (signal.SIGINT, signal.SIGTERM):  # an exception could get lost
         signal.signal(number, lambda *_: orders.append("stop"))
     sys.stdout.reconfigure(errors="backslashreplace")
     # A terminal stopped by Ctrl-S stops the listener's thread alone; more lines are lost.
-    lines, line = queue.Queue(1000), "%(asctime)s %(levelname)s %(message)s"
+    lines, layout = queue.Queue(1000), "%(asctime)s %(levelname)s %(message)s"
     QueueListener(lines, logging.StreamHandler(sys.stdout)).start()
-    logging.basicConfig(level=log_level, handlers=[QueueHandler(lines)], format=line)
+    logging.basicConfig(level=log_level, handlers=[QueueHandler(lines)], format=layout)
     logging.raiseExceptions = False
     logging.getLogger("pymodbus.logging").disabled = log_level != "DEBUG"
     log.info("powermeter.py starts")
