@@ -52,7 +52,7 @@ from pymodbus.pdu import DecodePDU, ExceptionResponse
 from pymodbus.server import ServerAsyncStop, StartSerialServer
 from pymodbus.simulator import DataType, SimData, SimDevice
 
-READ_TIMEOUT = 60  # s without a read after which the heat pump has stopped to read
+READ_TIMEOUT = 60  # s without a read after which the heat pump counts as not reading
 PATIENCE = 20  # s in which bytes came but no frame, then other settings are tried
 MAX_GAP = 0.1  # s between two pieces of a frame; USB adapters make gaps of 0.02 s
 MAX_FRAME = 256  # bytes
@@ -84,9 +84,8 @@ def say(subject, write, text):
 
 
 def is_host(text):
-    """Return whether text can be a host name or IP address; a ValueError is a no, too."""
-    has_port = text.count(":") == 1  # an IPv6 address has more
-    return text.encode("idna") != b"" and not has_port and set("/[] ").isdisjoint(text)
+    """Return whether text can be a host or an IP address; one ":" would be a port's."""
+    return text.encode("idna") and text.count(":") != 1 and not set(text) & set("/[ \0")
 
 
 def check_settings():
@@ -163,14 +162,14 @@ def refusal(request):
         wire_address, count = struct.unpack(">HH", request[1:])  # always whole
         fits = 1 <= count <= MAX_COUNT and wire_address + count <= REGISTERS
         return None if fits else ExcCodes.ILLEGAL_ADDRESS
-    if len(request) < 6:  # cut short, as find_frames() passes on all but reads
+    if len(request) < 6:  # a write cut short: find_frames() checked only its CRC
         return ExcCodes.ILLEGAL_VALUE
     wire_address, count, byte_count = struct.unpack(">HHB", request[1:6])
     if count == 0 or not byte_count == len(request) - 6 == 2 * count:
         return ExcCodes.ILLEGAL_VALUE
     if count != 2 or wire_address + 1 not in RESETTABLE:
         return ExcCodes.ILLEGAL_ADDRESS
-    return ExcCodes.ILLEGAL_VALUE if any(request[6:]) else None  # but zeros
+    return ExcCodes.ILLEGAL_VALUE if any(request[6:]) else None  # zeros may pass
 
 
 class Meter(SimDevice):
@@ -184,7 +183,7 @@ class Meter(SimDevice):
         zeros = SimData(0, values=[0] * REGISTERS, datatype=DataType.REGISTERS)
         super().__init__(unit_id, zeros)
         built = super().build_device()
-        self.build_device = lambda: built  # serve() starts many servers: one datastore
+        self.build_device = lambda: built  # so that all servers share this one list
         _first_address, self.registers, _types = built
         self.lock = threading.Lock()
         self.baudrate = baudrate  # in use, bit/s; serve() sets it
@@ -192,7 +191,7 @@ class Meter(SimDevice):
         self.update(0.0)
 
     def update(self, watts=None):
-        """Write the registers: for a new rest power in W, or for one that gets too old."""
+        """Write the registers, for a new rest power in W or for one that is too old."""
         with self.lock:
             if watts is not None:
                 self.watts, self.arrival = watts, now()
@@ -214,8 +213,8 @@ class Broker(mqtt.Client):
         super().__init__(mqtt.CallbackAPIVersion.VERSION2, client_id)
         self.meter = meter
         self.name = f"the MQTT broker {mqtt_server}:{mqtt_port}"
-        self.login = "asked"  # in the first session; then "let in", "refused", "closed"
-        self.last_number = None  # the last rest power that came, in W
+        self.login = "asked"  # until an answer; then "let in", "refused", "closed"
+        self.numbers = []  # the last rest powers that came, in W
         self.last_status = ""  # the last that was published in this session
         self.reconnect_delay_set(1, 10)  # s between two tries
         self.username_pw_set(str(mqtt_username) or None, str(mqtt_password) or None)
@@ -235,15 +234,15 @@ class Broker(mqtt.Client):
             return
         watts = float(payload)
         # The broker repeats a retained message at each login: that makes it no newer.
-        if message.retain and watts == self.last_number:
+        if message.retain and watts in self.numbers:
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
             return
-        self.last_number = watts
+        self.numbers = [*self.numbers[-999:], watts]
         self.meter.update(watts)
         log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
 
     def on_connect(self, _client, _userdata, _flags, reason, _properties):
-        """Subscribe, at each login anew since the broker forgets; or say the refusal."""
+        """Subscribe, at each login as the broker forgets; or say that it refuses."""
         if reason.is_failure:
             self.login = "refused"
             what = f"the login, check mqtt_username and mqtt_password: {reason}"
@@ -254,7 +253,7 @@ class Broker(mqtt.Client):
             self.last_status = ""  # so that look_after() publishes it
 
     def on_subscribe(self, _client, _userdata, _mid, reasons, _properties):
-        """Say that all is well; where the topic is refused, ask again a second later."""
+        """Say that all is well; where the topic is refused, ask a second later."""
         if any(reason.is_failure for reason in reasons):
             refused = f"topic {topic} to mqtt_username"
             say("broker", log.error, f"{self.name} refuses {refused}")
@@ -281,36 +280,37 @@ class Broker(mqtt.Client):
             say("broker", log.warning, f"{closed}: connecting again")
         elif reason.is_failure and self.login == "asked":
             say("broker", log.warning, f"{closed}: check mqtt_port and mqtt_tls")
-        self.login = "closed"  # so that a second call for the same end says nothing
+        self.login = "closed"  # so that only the first call for this end speaks
 
 
-# ---------- Modbus: frames, by the Modbus Application Protocol V1.1b3, chapter 6 ----------
+# -------- Modbus: frames, by the Modbus Application Protocol V1.1b3, chapter 6 --------
 def frame_sizes(data):
     """Return (size in bytes, is a request) of the frames that data may begin with."""
-    function, byte_count = data[1], data[2]
-    if function in (1, 2, 3, 4) and byte_count > 0:
+    function, byte_count = data[1], data[2]  # in a request data[2] is of the address
+    if function in (1, 2, 3, 4) and byte_count not in (0, 3):  # 3: see 5 and 6
         return [(8, True), (5 + byte_count, False)]
     if function in (1, 2, 3, 4, 5, 6):  # 5 and 6 are answered by the very same bytes
         return [(8, True)]
     if function == WRITE and len(data) >= 8:
         return [(9 + data[6], True), (8, False)]
-    return [(5, False)] if function >= 0x80 else []  # an exception; of others unknown
+    is_exception = function > 0x80 and byte_count < 12  # where that is its code
+    return [(5, False)] if is_exception else []
 
 
 def find_frames(data):
     """Return the frames in data (bytes), as (frame, is a request), and what is left."""
     frames, start = [], 0
     while start < len(data) - 3:  # at every offset: a frame may follow anything
-        for size, is_request in frame_sizes(data[start:]):
+        for size, is_request in sorted(frame_sizes(data[start:])):
             frame = data[start : start + size]
             if len(frame) == size and FramerRTU.compute_CRC(frame) == 0:
                 frames.append((frame, is_request))
                 data, start = data[start + size :], 0  # on behind it
-                break
+                break  # with the shortest: zeros behind a frame leave its CRC good
         else:
             start += 1
-    # A request to us of a size unknown to frame_sizes(), to be refused: its CRC alone
-    # tells its end. So only all that is left: parts of others' data fit by chance.
+    # A request to us of unknown size, to be refused. Its CRC alone tells its end, so only
+    # the whole rest is tried: some part of others' data would fit by chance.
     is_ours = len(data) >= 4 and data[0] == unit_id and 0 < data[1] < 128
     if is_ours and data[1] != READ and FramerRTU.compute_CRC(data) == 0:
         return [*frames, (data, True)], b""
@@ -324,11 +324,9 @@ class Refusal(ExceptionResponse):
 
 
 class Line(FramerRTU):
-    """The one framer of all servers: finds our requests, and the right serial settings.
+    """The framer of all servers: finds our requests, and the right serial settings."""
 
-    pymodbus's own takes all for requests to itself: it loses ours and answers others'.
-    """
-
+    # pymodbus's own takes all for requests to itself, loses ours and answers others'.
     def __init__(self, meter):
         super().__init__(DecodePDU(is_server=True))
         self.MAX_SIZE = 4096  # pymodbus drops more than 264 bytes, the newest too
@@ -338,25 +336,21 @@ class Line(FramerRTU):
         self.candidates = list(dict.fromkeys([self.settings, *every]))
         self.proven = False  # whether the settings are right, which stays so
         self.heard = False  # whether anything ever came
-        self.last_read = NEVER  # s
-        self.quiet_since = now()  # s; the last read, or the time without an adapter
+        self.last_read, self.quiet_since = NEVER, now()  # s; 2nd: or without an adapter
         self.refused = b""  # the first request to us that was refused
         self.asked, self.answering = set(), set()  # unit ids of others
 
     def begin(self):
         """Begin to listen with the settings."""
         self.left, self.last_byte = b"", now()  # bytes that are no frame yet, and s
-        self.fits = True  # whether a frame came since the last gap, or no gap yet
-        self.misfit = False  # whether something came, between two gaps, and no frame
-        self.good_frames = 0
-        self.misfits_since = self.last_misfit = NEVER  # s
+        self.fits = True  # False from a gap until the next frame; True before any gap
+        self.good_frames, self.misfits = 0, []  # misfits: times in s, see end_piece()
         self.unanswered = None  # the request that buildFrame() has to answer
 
     def handleFrame(self, data, _unit_id, _transaction_id):
         """Return the bytes used, all of them, and the request to us that waits."""
         if now() - self.last_byte > MAX_GAP:
-            self.misfit = self.misfit or bool(self.left and not self.fits)
-            self.left, self.fits = b"", False
+            self.end_piece()
         self.last_byte, self.heard = now(), True
         frames, self.left = find_frames(self.left + data)
         for frame, is_request in frames:
@@ -368,14 +362,16 @@ class Line(FramerRTU):
                 self.answering.add(unit)
             elif function in (3, 4):  # 5 and 6 may be answers
                 self.asked.add(unit)
-            if function < 0x80:  # an exception is so short that chance makes it
-                self.fits, self.last_misfit = True, NEVER
+            if (
+                function < 0x80
+            ):  # no exception: these are so short that chance makes them
+                self.fits, self.misfits = True, []
                 self.good_frames += 1
         self.proven = self.proven or self.good_frames > 1
-        return len(data), self.unanswered  # anew, as pymodbus forgets it at each byte
+        return len(data), self.unanswered  # each time: pymodbus drops it at a new byte
 
     def take_request(self, request):
-        """Return a request to us (bytes, function code first) as pymodbus answers it."""
+        """Return a request to us (bytes from the function code on) for pymodbus."""
         self.proven = True
         self.meter.update()  # no old value is answered, even if nothing else runs
         code = refusal(request)
@@ -388,25 +384,29 @@ class Line(FramerRTU):
         return pdu
 
     def buildFrame(self, answer):
-        """Return an answer's bytes once: handleFrame() returns a request repeatedly."""
+        """Return an answer's bytes, but b"" where the request is answered already."""
         if not self.unanswered:
             return b""
         self.unanswered = None
         return super().buildFrame(answer)
 
+    def end_piece(self):
+        """End what came between two gaps: without a frame in it, it is a misfit."""
+        if self.left and not self.fits and not self.proven:
+            self.misfits.append(now())
+        self.left, self.fits = b"", False
+
     def judge(self):
-        """Take the next serial settings where nothing fits with these."""
-        is_over = now() - self.last_byte > MAX_GAP
-        too_long = len(self.left) == MAX_FRAME
-        misfit = self.misfit or too_long or (is_over and self.left and not self.fits)
-        if self.proven or not misfit:
+        """Take the next serial settings where only misfits come; the first get time."""
+        if self.proven:
             return
-        self.left, self.misfit = b"", False
-        if now() - self.last_misfit > READ_TIMEOUT:  # the first, or the first for long
-            self.misfits_since = now()
-        self.last_misfit = now()
+        if now() - self.last_byte > MAX_GAP or len(self.left) == MAX_FRAME:
+            self.end_piece()
+        self.misfits = [time for time in self.misfits if now() - time < READ_TIMEOUT]
         tried = self.candidates.index(self.settings)
-        if tried > 0 or now() - self.misfits_since > PATIENCE:  # others go at once
+        if self.misfits and (
+            tried > 0 or self.misfits[-1] - self.misfits[0] > PATIENCE
+        ):
             self.settings = self.candidates[(tried + 1) % len(self.candidates)]
             if self.settings == self.candidates[0]:
                 say("round", log.warning, "no serial settings fit: swap A and B")
@@ -451,7 +451,7 @@ def look_after(broker, line):
 
 
 def serve(broker, line):
-    """Answer on the line, and wait for the adapter where it is missing, until the stop."""
+    """Answer on the line until the stop; wait for the adapter where it is missing."""
 
     def on_adapter(connected):
         line.is_open = connected
@@ -459,7 +459,7 @@ def serve(broker, line):
             asyncio.create_task(attend())
             say("adapter", log.info, f"the meter is on the line: {serial_port}")
             # pyserial turns the check of parity off: odd would be taken for even
-            os.spawnlp(os.P_WAIT, "stty", "stty", "-F", serial_port, "inpck")
+            os.system(f"stty -F '{serial_port}' inpck 2> /dev/null")
 
     async def attend():  # the only one to end a server: pymodbus raises at a second end
         while line.is_open and line.settings == settings and not orders:
@@ -467,7 +467,7 @@ def serve(broker, line):
             await asyncio.sleep(0.2)
         await ServerAsyncStop()
 
-    FRAMER_NAME_TO_CLASS[FramerType.RTU] = lambda _decoder: line
+    FRAMER_NAME_TO_CLASS[FramerType.RTU] = lambda _decoder: line  # for every server
     while not orders:
         settings = rate, letter, bits = line.settings
         port = {
@@ -478,7 +478,7 @@ def serve(broker, line):
         }
         line.meter.baudrate = rate
         line.begin()
-        fault = "is not there"  # where the server ends without an error
+        fault = "is not there"  # if the server just returns: the adapter went away
         try:
             serial.Serial(exclusive=True, **port).close()  # pymodbus hides the error
             StartSerialServer(line.meter, trace_connect=on_adapter, **port)
@@ -498,7 +498,7 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):  # an exception could get lost
         signal.signal(number, lambda *_: orders.append("stop"))
     sys.stdout.reconfigure(errors="backslashreplace")
-    # A terminal stopped by Ctrl-S stops the listener's thread alone; more lines are lost.
+    # A terminal stopped by Ctrl-S stops the listener's thread alone; lines are lost.
     lines, layout = queue.Queue(1000), "%(asctime)s %(levelname)s %(message)s"
     QueueListener(lines, logging.StreamHandler(sys.stdout)).start()
     logging.basicConfig(level=log_level, handlers=[QueueHandler(lines)], format=layout)
