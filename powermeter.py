@@ -183,7 +183,7 @@ class Meter(SimDevice):
         zeros = SimData(0, values=[0] * REGISTERS, datatype=DataType.REGISTERS)
         super().__init__(unit_id, zeros)
         built = super().build_device()
-        self.build_device = lambda: built  # so that all servers share this one list
+        self.build_device = lambda: built  # each server asks for it: all get this list
         _first_address, self.registers, _types = built
         self.lock = threading.Lock()
         self.baudrate = baudrate  # in use, bit/s; serve() sets it
@@ -191,7 +191,7 @@ class Meter(SimDevice):
         self.update(0.0)
 
     def update(self, watts=None):
-        """Write the registers, for a new rest power in W or for one that is too old."""
+        """Write the registers for a new rest power in W; without one, check its age."""
         with self.lock:
             if watts is not None:
                 self.watts, self.arrival = watts, now()
@@ -213,8 +213,8 @@ class Broker(mqtt.Client):
         super().__init__(mqtt.CallbackAPIVersion.VERSION2, client_id)
         self.meter = meter
         self.name = f"the MQTT broker {mqtt_server}:{mqtt_port}"
-        self.login = "asked"  # until an answer; then "let in", "refused", "closed"
-        self.numbers = []  # the last rest powers that came, in W
+        self.login = "asked"  # by each try; then "let in", "refused" or "closed"
+        self.numbers = []  # the last 1000 rest powers in W, see on_message()
         self.last_status = ""  # the last that was published in this session
         self.reconnect_delay_set(1, 10)  # s between two tries
         self.username_pw_set(str(mqtt_username) or None, str(mqtt_password) or None)
@@ -233,13 +233,19 @@ class Broker(mqtt.Client):
             log.error("%r is no rest power in W: serving 0 W until one comes", text)
             return
         watts = float(payload)
-        # The broker repeats a retained message at each login: that makes it no newer.
+        # A retained message comes again at each login, even if newer ones came since.
         if message.retain and watts in self.numbers:
+            if watts != self.numbers[-1]:  # older or newer than that, nobody knows
+                self.meter.update(0.0)
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
             return
         self.numbers = [*self.numbers[-999:], watts]
         self.meter.update(watts)
         log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
+
+    def on_pre_connect(self, _client, _userdata):
+        """Note that a login begins."""
+        self.login = "asked"
 
     def on_connect(self, _client, _userdata, _flags, reason, _properties):
         """Subscribe, at each login as the broker forgets; or say that it refuses."""
@@ -267,27 +273,25 @@ class Broker(mqtt.Client):
         error = sys.exc_info()[1]  # paho calls this while it handles the error
         write, hint = log.warning, "trying again"
         if mqtt_tls and isinstance(error, (ssl.SSLError, ConnectionResetError)):
-            write, hint = (
-                log.error,
-                "check mqtt_tls, port, mqtt_ca_file and mqtt_server",
-            )
+            write = log.error
+            hint = "check mqtt_tls, mqtt_port, mqtt_ca_file and mqtt_server"
         say("broker", write, f"cannot reach {self.name} ({error}): {hint}")
 
     def on_disconnect(self, _client, _userdata, _flags, reason, _properties):
-        """Say that the broker hung up; not where this script did, or was refused."""
+        """Say that the broker hung up; nothing if it refused or this script hung up."""
         closed = f"{self.name} closed the connection"
         if reason.is_failure and self.login == "let in":
             say("broker", log.warning, f"{closed}: connecting again")
         elif reason.is_failure and self.login == "asked":
             say("broker", log.warning, f"{closed}: check mqtt_port and mqtt_tls")
-        self.login = "closed"  # so that only the first call for this end speaks
+        self.login = "closed"  # paho may call this twice for one end: the 2nd is silent
 
 
 # -------- Modbus: frames, by the Modbus Application Protocol V1.1b3, chapter 6 --------
 def frame_sizes(data):
     """Return (size in bytes, is a request) of the frames that data may begin with."""
-    function, byte_count = data[1], data[2]  # in a request data[2] is of the address
-    if function in (1, 2, 3, 4) and byte_count not in (0, 3):  # 3: see 5 and 6
+    function, byte_count = data[1], data[2]  # in a request the address's high byte
+    if function in (1, 2, 3, 4) and byte_count not in (0, 3):  # 3: 8 bytes either way
         return [(8, True), (5 + byte_count, False)]
     if function in (1, 2, 3, 4, 5, 6):  # 5 and 6 are answered by the very same bytes
         return [(8, True)]
@@ -306,11 +310,11 @@ def find_frames(data):
             if len(frame) == size and FramerRTU.compute_CRC(frame) == 0:
                 frames.append((frame, is_request))
                 data, start = data[start + size :], 0  # on behind it
-                break  # with the shortest: zeros behind a frame leave its CRC good
+                break  # the shortest first: zeros behind a frame leave its CRC good
         else:
             start += 1
-    # A request to us of unknown size, to be refused. Its CRC alone tells its end, so only
-    # the whole rest is tried: some part of others' data would fit by chance.
+    # A request to us with a function unknown to frame_sizes(), to be refused. Only the
+    # whole rest is tried as one: some part of others' data would have a CRC by chance.
     is_ours = len(data) >= 4 and data[0] == unit_id and 0 < data[1] < 128
     if is_ours and data[1] != READ and FramerRTU.compute_CRC(data) == 0:
         return [*frames, (data, True)], b""
@@ -336,14 +340,16 @@ class Line(FramerRTU):
         self.candidates = list(dict.fromkeys([self.settings, *every]))
         self.proven = False  # whether the settings are right, which stays so
         self.heard = False  # whether anything ever came
-        self.last_read, self.quiet_since = NEVER, now()  # s; 2nd: or without an adapter
+        self.last_read = NEVER  # s
+        self.quiet_since = now()  # s; start, last read or last second without adapter
         self.refused = b""  # the first request to us that was refused
         self.asked, self.answering = set(), set()  # unit ids of others
+        self.begin()
 
     def begin(self):
         """Begin to listen with the settings."""
         self.left, self.last_byte = b"", now()  # bytes that are no frame yet, and s
-        self.fits = True  # False from a gap until the next frame; True before any gap
+        self.fits = True  # a frame came since the last gap; at first a cut one may pass
         self.good_frames, self.misfits = 0, []  # misfits: times in s, see end_piece()
         self.unanswered = None  # the request that buildFrame() has to answer
 
@@ -362,13 +368,12 @@ class Line(FramerRTU):
                 self.answering.add(unit)
             elif function in (3, 4):  # 5 and 6 may be answers
                 self.asked.add(unit)
-            if (
-                function < 0x80
-            ):  # no exception: these are so short that chance makes them
+            if function < 0x80:  # exceptions are so short that chance makes them
                 self.fits, self.misfits = True, []
                 self.good_frames += 1
         self.proven = self.proven or self.good_frames > 1
-        return len(data), self.unanswered  # each time: pymodbus drops it at a new byte
+        # Until it is answered, again at each call: pymodbus forgets it at new bytes.
+        return len(data), self.unanswered
 
     def take_request(self, request):
         """Return a request to us (bytes from the function code on) for pymodbus."""
@@ -397,16 +402,15 @@ class Line(FramerRTU):
         self.left, self.fits = b"", False
 
     def judge(self):
-        """Take the next serial settings where only misfits come; the first get time."""
+        """Take the next serial settings at a misfit; the first ones get PATIENCE."""
         if self.proven:
             return
         if now() - self.last_byte > MAX_GAP or len(self.left) == MAX_FRAME:
             self.end_piece()
         self.misfits = [time for time in self.misfits if now() - time < READ_TIMEOUT]
         tried = self.candidates.index(self.settings)
-        if self.misfits and (
-            tried > 0 or self.misfits[-1] - self.misfits[0] > PATIENCE
-        ):
+        lasting = self.misfits[-1] - self.misfits[0] if self.misfits else 0  # s
+        if lasting > PATIENCE or (self.misfits and tried > 0):
             self.settings = self.candidates[(tried + 1) % len(self.candidates)]
             if self.settings == self.candidates[0]:
                 say("round", log.warning, "no serial settings fit: swap A and B")
@@ -438,7 +442,7 @@ def look_after(broker, line):
             say("found", log.info, found)
         reads = now() - line.last_read < READ_TIMEOUT
         status = "online" if reads else "no heat pump"
-        if status_topic and broker.last_status != status:
+        if status_topic and broker.is_connected() and broker.last_status != status:
             broker.last_status = status
             broker.publish(status_topic, status, retain=True)
         if reads:
@@ -456,35 +460,30 @@ def serve(broker, line):
     def on_adapter(connected):
         line.is_open = connected
         if connected:
+            line.begin()
             asyncio.create_task(attend())
             say("adapter", log.info, f"the meter is on the line: {serial_port}")
             # pyserial turns the check of parity off: odd would be taken for even
             os.system(f"stty -F '{serial_port}' inpck 2> /dev/null")
 
-    async def attend():  # the only one to end a server: pymodbus raises at a second end
-        while line.is_open and line.settings == settings and not orders:
+    async def attend():  # alone ends a server, as pymodbus raises at a second end
+        while line.is_open and line.settings == settings and not orders:  # serve()'s
             look_after(broker, line)
             await asyncio.sleep(0.2)
         await ServerAsyncStop()
 
     FRAMER_NAME_TO_CLASS[FramerType.RTU] = lambda _decoder: line  # for every server
     while not orders:
-        settings = rate, letter, bits = line.settings
-        port = {
-            "port": serial_port,
-            "baudrate": rate,
-            "parity": letter,
-            "stopbits": bits,
-        }
+        settings = rate, par, bits = line.settings
+        port = {"port": serial_port, "baudrate": rate, "parity": par, "stopbits": bits}
         line.meter.baudrate = rate
-        line.begin()
         fault = "is not there"  # if the server just returns: the adapter went away
         try:
             serial.Serial(exclusive=True, **port).close()  # pymodbus hides the error
             StartSerialServer(line.meter, trace_connect=on_adapter, **port)
         except (OSError, RuntimeError, termios.error) as error:
             fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
-        if line.settings == settings and not orders:  # the adapter ended the server
+        if line.settings == settings and not orders:  # attend() had no cause to end it
             what = f"the adapter {serial_port} {fault}: trying every second"
             say("adapter", log.warning, what)
             look_after(broker, line)

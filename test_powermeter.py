@@ -417,9 +417,10 @@ def test_no_surplus_before_a_message_and_a_negative_one_where_it_is_wanted(rig):
     rig.line.shows(17, 17, 17, 50)
 
 
-def test_registers_change_while_nobody_polls_and_outlive_the_adapter(rig):
-    # what the datastore holds is printed, since asking for it would be a poll
-    sabotage = """
+# the task that looks after all sleeps for ever, so that only paho's thread runs on
+FREEZE = "import asyncio\nasyncio.sleep = lambda _: asyncio.Event().wait()\n"
+# prints what the datastore holds, since asking for it would be a poll
+SPY = """
 import threading
 def spy():
     from pymodbus.simulator import simruntime
@@ -434,7 +435,13 @@ def spy():
 watch = []
 threading.Thread(target=spy, daemon=True).start()
 """
-    rig = rig(sabotage=sabotage).start()
+
+
+def test_registers_change_while_nobody_polls_and_outlive_the_adapter(rig):
+    frozen = rig(sabotage=SPY + FREEZE).start()
+    frozen.broker.publish("3000")
+    frozen.script.says("datastore [300]")
+    rig = rig(sabotage=SPY).start()
     for turn, watts in enumerate((3000, 600), start=1):
         rig.broker.publish(str(watts))
         rig.script.says(f"datastore [{watts // 10}]")
@@ -519,6 +526,11 @@ def test_old_retained_value_does_not_become_fresh_by_a_reconnect_which_is_said(r
     rig.broker.start()
     rig.script.says("rest power 3000 W again: serving 0 W")
     assert rig.line.power() == (0, 0, 0, 0)
+    rig.serve(600)
+    rig.broker.kill(signal.SIGTERM)
+    rig.broker.start()  # its 3000 W are older than 600 W, or newer: nobody knows
+    rig.script.says("rest power 3000 W again: serving 0 W", times=2)
+    assert rig.line.power() == (0, 0, 0, 0)
     rig.serve()
 
 
@@ -536,9 +548,7 @@ def test_retained_value_is_taken_at_the_start_but_undoes_no_bad_one_later(rig):
 
 
 def test_value_that_got_old_in_the_computers_sleep_is_not_answered_even_once(rig):
-    # the task that looks after all, ten times a second, sleeps for ever
-    sabotage = "import asyncio\nasyncio.sleep = lambda _: asyncio.Event().wait()"
-    rig = rig(max_age=999, sabotage=sabotage).start().serve()
+    rig = rig(max_age=999, sabotage=FREEZE).start().serve()
     (rig.folder / "slept").touch()  # 1000 s, during which monotonic() stands still
     assert rig.line.power() == (0, 0, 0, 0)
     rig.serve()
@@ -628,6 +638,10 @@ def test_broker_that_answers_nonsense_does_not_deafen_it_for_good(rig):
     rig.broker.start()
     rig.script.says("connected to the MQTT broker")
     rig.serve()
+    rig.broker.kill()
+    with socket.create_server(("127.0.0.1", rig.broker.port)) as silent:
+        silent.accept()[0].close()
+        rig.script.says("closed the connection: check mqtt_port and mqtt_tls")
 
 
 def test_adapter_absent_at_the_start_is_waited_for_and_all_that_is_asked_for(rig):
