@@ -349,8 +349,9 @@ class Line(FramerRTU):
     def begin(self):
         """Begin to listen with the settings."""
         self.left, self.last_byte = b"", now()  # bytes that are no frame yet, and s
-        self.fits = True  # a frame came since the last gap; at first a cut one may pass
-        self.good_frames, self.misfits = 0, []  # misfits: times in s, see end_piece()
+        # A piece is what comes between two gaps. The first may be cut off, so it passes.
+        self.has_frame = True
+        self.good_frames, self.misfits = 0, []  # times in s of pieces without a frame
         self.unanswered = None  # the request that buildFrame() has to answer
 
     def handleFrame(self, data, _unit_id, _transaction_id):
@@ -369,7 +370,7 @@ class Line(FramerRTU):
             elif function in (3, 4):  # 5 and 6 may be answers
                 self.asked.add(unit)
             if function < 0x80:  # exceptions are so short that chance makes them
-                self.fits, self.misfits = True, []
+                self.has_frame, self.misfits = True, []
                 self.good_frames += 1
         self.proven = self.proven or self.good_frames > 1
         # Until it is answered, again at each call: pymodbus forgets it at new bytes.
@@ -396,10 +397,10 @@ class Line(FramerRTU):
         return super().buildFrame(answer)
 
     def end_piece(self):
-        """End what came between two gaps: without a frame in it, it is a misfit."""
-        if self.left and not self.fits and not self.proven:
+        """End a piece, at a gap: without a frame in it, it is a misfit."""
+        if self.left and not self.has_frame and not self.proven:
             self.misfits.append(now())
-        self.left, self.fits = b"", False
+        self.left, self.has_frame = b"", False
 
     def judge(self):
         """Take the next serial settings at a misfit; the first ones get PATIENCE."""
