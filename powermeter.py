@@ -159,10 +159,10 @@ def refusal(request):
     if function not in (READ, WRITE):
         return ExcCodes.ILLEGAL_FUNCTION
     if function == READ:
-        wire_address, count = struct.unpack(">HH", request[1:])  # always whole
+        wire_address, count = struct.unpack(">HH", request[1:])  # always 4 bytes
         fits = 1 <= count <= MAX_COUNT and wire_address + count <= REGISTERS
         return None if fits else ExcCodes.ILLEGAL_ADDRESS
-    if len(request) < 6:  # a write cut short: find_frames() checked only its CRC
+    if len(request) < 6:  # find_frames() lets any rest to us with a good CRC pass
         return ExcCodes.ILLEGAL_VALUE
     wire_address, count, byte_count = struct.unpack(">HHB", request[1:6])
     if count == 0 or not byte_count == len(request) - 6 == 2 * count:
@@ -233,9 +233,9 @@ class Broker(mqtt.Client):
             log.error("%r is no rest power in W: serving 0 W until one comes", text)
             return
         watts = float(payload)
-        # A retained message comes again at each login, even if newer ones came since.
+        # A login brings the retained message again: maybe the newest, maybe an old one.
         if message.retain and watts in self.numbers:
-            if watts != self.numbers[-1]:  # older or newer than that, nobody knows
+            if watts != self.numbers[-1]:  # so it may be older than the last one
                 self.meter.update(0.0)
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
             return
@@ -290,14 +290,14 @@ class Broker(mqtt.Client):
 # -------- Modbus: frames, by the Modbus Application Protocol V1.1b3, chapter 6 --------
 def frame_sizes(data):
     """Return (size in bytes, is a request) of the frames that data may begin with."""
-    function, byte_count = data[1], data[2]  # in a request the address's high byte
-    if function in (1, 2, 3, 4) and byte_count not in (0, 3):  # 3: 8 bytes either way
+    function, byte_count = data[1], data[2]  # of an answer; else of the address
+    if function in (1, 2, 3, 4) and byte_count not in (0, 3):  # 0: none; 3: 8 bytes too
         return [(8, True), (5 + byte_count, False)]
     if function in (1, 2, 3, 4, 5, 6):  # 5 and 6 are answered by the very same bytes
         return [(8, True)]
     if function == WRITE and len(data) >= 8:
         return [(9 + data[6], True), (8, False)]
-    is_exception = function > 0x80 and byte_count < 12  # where that is its code
+    is_exception = function > 0x80 and byte_count < 12  # then that byte is its code
     return [(5, False)] if is_exception else []
 
 
@@ -305,16 +305,16 @@ def find_frames(data):
     """Return the frames in data (bytes), as (frame, is a request), and what is left."""
     frames, start = [], 0
     while start < len(data) - 3:  # at every offset: a frame may follow anything
-        for size, is_request in sorted(frame_sizes(data[start:])):
+        for size, is_request in sorted(frame_sizes(data[start:])):  # shortest first
             frame = data[start : start + size]
             if len(frame) == size and FramerRTU.compute_CRC(frame) == 0:
                 frames.append((frame, is_request))
                 data, start = data[start + size :], 0  # on behind it
-                break  # the shortest first: zeros behind a frame leave its CRC good
+                break  # no longer one: zeros behind a frame leave its CRC good
         else:
             start += 1
-    # A request to us with a function unknown to frame_sizes(), to be refused. Only the
-    # whole rest is tried as one: some part of others' data would have a CRC by chance.
+    # Is the whole rest a request to us, with an unknown function or a write cut short?
+    # It gets refused. A part is not tried: some part has a good CRC by chance.
     is_ours = len(data) >= 4 and data[0] == unit_id and 0 < data[1] < 128
     if is_ours and data[1] != READ and FramerRTU.compute_CRC(data) == 0:
         return [*frames, (data, True)], b""
@@ -349,9 +349,9 @@ class Line(FramerRTU):
     def begin(self):
         """Begin to listen with the settings."""
         self.left, self.last_byte = b"", now()  # bytes that are no frame yet, and s
-        # A piece is what comes between two gaps. The first may be cut off, so it passes.
-        self.has_frame = True
-        self.good_frames, self.misfits = 0, []  # times in s of pieces without a frame
+        # A piece is what comes between two gaps; the first may be cut off, no misfit.
+        self.has_frame = True  # in this piece; True here lets the first one pass
+        self.good_frames, self.misfits = 0, []  # misfits: times in s, see end_piece()
         self.unanswered = None  # the request that buildFrame() has to answer
 
     def handleFrame(self, data, _unit_id, _transaction_id):
@@ -367,13 +367,13 @@ class Line(FramerRTU):
                 self.unanswered = self.take_request(frame[1:-2])
             elif not is_request:
                 self.answering.add(unit)
-            elif function in (3, 4):  # 5 and 6 may be answers
+            elif function in (3, 4):  # so meters are read; 5 and 6 may be answers
                 self.asked.add(unit)
             if function < 0x80:  # exceptions are so short that chance makes them
                 self.has_frame, self.misfits = True, []
                 self.good_frames += 1
         self.proven = self.proven or self.good_frames > 1
-        # Until it is answered, again at each call: pymodbus forgets it at new bytes.
+        # pymodbus forgets it at new bytes, so each call returns it until its answer.
         return len(data), self.unanswered
 
     def take_request(self, request):
@@ -403,10 +403,10 @@ class Line(FramerRTU):
         self.left, self.has_frame = b"", False
 
     def judge(self):
-        """Take the next serial settings at a misfit; the first ones get PATIENCE."""
+        """At a misfit take the next settings; leave the first only after PATIENCE."""
         if self.proven:
             return
-        if now() - self.last_byte > MAX_GAP or len(self.left) == MAX_FRAME:
+        if now() - self.last_byte > MAX_GAP or len(self.left) == MAX_FRAME:  # no gaps
             self.end_piece()
         self.misfits = [time for time in self.misfits if now() - time < READ_TIMEOUT]
         tried = self.candidates.index(self.settings)
@@ -460,22 +460,22 @@ def serve(broker, line):
 
     def on_adapter(connected):
         line.is_open = connected
+        line.begin()
         if connected:
-            line.begin()
             asyncio.create_task(attend())
             say("adapter", log.info, f"the meter is on the line: {serial_port}")
             # pyserial turns the check of parity off: odd would be taken for even
             os.system(f"stty -F '{serial_port}' inpck 2> /dev/null")
 
-    async def attend():  # alone ends a server, as pymodbus raises at a second end
-        while line.is_open and line.settings == settings and not orders:  # serve()'s
+    async def attend():  # nothing else ends a server: pymodbus raises at a second end
+        while line.is_open and line.settings == settings and not orders:  # see below
             look_after(broker, line)
             await asyncio.sleep(0.2)
         await ServerAsyncStop()
 
     FRAMER_NAME_TO_CLASS[FramerType.RTU] = lambda _decoder: line  # for every server
     while not orders:
-        settings = rate, par, bits = line.settings
+        settings = rate, par, bits = line.settings  # attend() ends at any others
         port = {"port": serial_port, "baudrate": rate, "parity": par, "stopbits": bits}
         line.meter.baudrate = rate
         fault = "is not there"  # if the server just returns: the adapter went away
@@ -484,7 +484,7 @@ def serve(broker, line):
             StartSerialServer(line.meter, trace_connect=on_adapter, **port)
         except (OSError, RuntimeError, termios.error) as error:
             fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
-        if line.settings == settings and not orders:  # attend() had no cause to end it
+        if line.settings == settings and not orders:  # so the adapter is the cause
             what = f"the adapter {serial_port} {fault}: trying every second"
             say("adapter", log.warning, what)
             look_after(broker, line)
