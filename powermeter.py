@@ -42,6 +42,7 @@ import termios
 import threading
 from functools import partial
 from logging.handlers import QueueHandler, QueueListener
+from subprocess import DEVNULL, run
 from time import CLOCK_BOOTTIME, clock_gettime, sleep
 
 import paho.mqtt.client as mqtt
@@ -327,10 +328,9 @@ class Refusal(ExceptionResponse):
         return self
 
 
-class Line(FramerRTU):
+class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers others'
     """The framer of all servers: finds our requests, and the right serial settings."""
 
-    # pymodbus's own takes all for requests to itself, loses ours and answers others'.
     def __init__(self, meter):
         super().__init__(DecodePDU(is_server=True))
         self.MAX_SIZE = 4096  # pymodbus drops more than 264 bytes, the newest too
@@ -465,7 +465,7 @@ def serve(broker, line):
             asyncio.create_task(attend())
             say("adapter", log.info, f"the meter is on the line: {serial_port}")
             # pyserial turns the check of parity off: odd would be taken for even
-            os.system(f"stty -F '{serial_port}' inpck 2> /dev/null")
+            run(["stty", "-F", serial_port, "inpck"], stderr=DEVNULL, check=False)
 
     async def attend():  # nothing else ends a server: pymodbus raises at a second end
         while line.is_open and line.settings == settings and not orders:  # see below
