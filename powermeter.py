@@ -163,7 +163,7 @@ def refusal(request):
         wire_address, count = struct.unpack(">HH", request[1:])  # always 4 bytes
         fits = 1 <= count <= MAX_COUNT and wire_address + count <= REGISTERS
         return None if fits else ExcCodes.ILLEGAL_ADDRESS
-    if len(request) < 6:  # find_frames() lets any rest to us with a good CRC pass
+    if len(request) < 6:  # a write cut short, which find_frames() lets through
         return ExcCodes.ILLEGAL_VALUE
     wire_address, count, byte_count = struct.unpack(">HHB", request[1:6])
     if count == 0 or not byte_count == len(request) - 6 == 2 * count:
@@ -184,7 +184,7 @@ class Meter(SimDevice):
         zeros = SimData(0, values=[0] * REGISTERS, datatype=DataType.REGISTERS)
         super().__init__(unit_id, zeros)
         built = super().build_device()
-        self.build_device = lambda: built  # each server asks for it: all get this list
+        self.build_device = lambda: built  # each server calls it, all share .registers
         _first_address, self.registers, _types = built
         self.lock = threading.Lock()
         self.baudrate = baudrate  # in use, bit/s; serve() sets it
@@ -234,9 +234,9 @@ class Broker(mqtt.Client):
             log.error("%r is no rest power in W: serving 0 W until one comes", text)
             return
         watts = float(payload)
-        # A login brings the retained message again: maybe the newest, maybe an old one.
+        # A retained value comes again at each login: one seen before keeps its old age.
         if message.retain and watts in self.numbers:
-            if watts != self.numbers[-1]:  # so it may be older than the last one
+            if watts != self.numbers[-1]:  # maybe older than the last: trust neither
                 self.meter.update(0.0)
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
             return
@@ -291,8 +291,8 @@ class Broker(mqtt.Client):
 # -------- Modbus: frames, by the Modbus Application Protocol V1.1b3, chapter 6 --------
 def frame_sizes(data):
     """Return (size in bytes, is a request) of the frames that data may begin with."""
-    function, byte_count = data[1], data[2]  # of an answer; else of the address
-    if function in (1, 2, 3, 4) and byte_count not in (0, 3):  # 0: none; 3: 8 bytes too
+    function, byte_count = data[1], data[2]  # a request has its address there
+    if function in (1, 2, 3, 4) and byte_count not in (0, 3):  # 5 + 3 = a request's 8
         return [(8, True), (5 + byte_count, False)]
     if function in (1, 2, 3, 4, 5, 6):  # 5 and 6 are answered by the very same bytes
         return [(8, True)]
@@ -311,7 +311,7 @@ def find_frames(data):
             if len(frame) == size and FramerRTU.compute_CRC(frame) == 0:
                 frames.append((frame, is_request))
                 data, start = data[start + size :], 0  # on behind it
-                break  # no longer one: zeros behind a frame leave its CRC good
+                break  # try none longer: zeros behind a frame leave its CRC good
         else:
             start += 1
     # Is the whole rest a request to us, with an unknown function or a write cut short?
@@ -367,13 +367,13 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
                 self.unanswered = self.take_request(frame[1:-2])
             elif not is_request:
                 self.answering.add(unit)
-            elif function in (3, 4):  # so meters are read; 5 and 6 may be answers
+            elif function in (3, 4):  # 5 and 6 look alike as request and answer
                 self.asked.add(unit)
             if function < 0x80:  # exceptions are so short that chance makes them
                 self.has_frame, self.misfits = True, []
                 self.good_frames += 1
         self.proven = self.proven or self.good_frames > 1
-        # pymodbus forgets it at new bytes, so each call returns it until its answer.
+        # New bytes make pymodbus drop an unanswered request: return it each time.
         return len(data), self.unanswered
 
     def take_request(self, request):
@@ -403,13 +403,13 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         self.left, self.has_frame = b"", False
 
     def judge(self):
-        """At a misfit take the next settings; leave the first only after PATIENCE."""
+        """At a misfit take the next settings; the user's own get PATIENCE first."""
         if self.proven:
             return
-        if now() - self.last_byte > MAX_GAP or len(self.left) == MAX_FRAME:  # no gaps
+        if now() - self.last_byte > MAX_GAP or len(self.left) == MAX_FRAME:  # endless
             self.end_piece()
         self.misfits = [time for time in self.misfits if now() - time < READ_TIMEOUT]
-        tried = self.candidates.index(self.settings)
+        tried = self.candidates.index(self.settings)  # 0 = those of the settings block
         lasting = self.misfits[-1] - self.misfits[0] if self.misfits else 0  # s
         if lasting > PATIENCE or (self.misfits and tried > 0):
             self.settings = self.candidates[(tried + 1) % len(self.candidates)]
@@ -456,7 +456,7 @@ def look_after(broker, line):
 
 
 def serve(broker, line):
-    """Answer on the line until the stop; wait for the adapter where it is missing."""
+    """Run server after server, for each new settings and adapter, until the stop."""
 
     def on_adapter(connected):
         line.is_open = connected
@@ -467,8 +467,8 @@ def serve(broker, line):
             # pyserial turns the check of parity off: odd would be taken for even
             run(["stty", "-F", serial_port, "inpck"], stderr=DEVNULL, check=False)
 
-    async def attend():  # nothing else ends a server: pymodbus raises at a second end
-        while line.is_open and line.settings == settings and not orders:  # see below
+    async def attend():  # the only one to end a server: a second end raises
+        while line.is_open and line.settings == settings and not orders:  # of serve()
             look_after(broker, line)
             await asyncio.sleep(0.2)
         await ServerAsyncStop()
