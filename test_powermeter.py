@@ -1283,7 +1283,7 @@ def test_silence_moves_no_serial_setting(rig):
     assert line.settings() == (19200, "E")
     while line.settings() == (19200, "E"):
         line.noise(0.2)
-    time.sleep(0.3)  # for the move that the last rubbish may cause
+    time.sleep(1)  # for the move that the last rubbish may cause
     before = line.settings()
     time.sleep(1)  # the same during the search
     assert line.settings() == before
