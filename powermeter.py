@@ -2,6 +2,7 @@
 
     restPower = hpPower - gridPower      in W; gridPower < 0: power goes to the grid
     MQTT broker -> Broker.on_message -> Meter.registers -> pymodbus -> heat pump
+    paho's thread runs Broker's methods on_..., the main thread runs all the rest
 
 Edit the settings, then start it in the README's environment: python3 powermeter.py
 """
@@ -16,13 +17,13 @@ mqtt_password = ""  # its password; "" = without
 mqtt_tls = False  # True = encrypted, and the broker's certificate is verified
 mqtt_ca_file = ""  # CA file for a broker's own certificate; "" = the system's CAs
 max_age = 300  # s, a value older than that is served as 0 W; 0 = no limit
-status_topic = ""  # topic to publish on whether the heat pump reads; "" = none
+status_topic = ""  # here it publishes whether the heat pump reads; "" = nowhere
 
 # The RS-485 line to the heat pump, and what it wants to read
 serial_port = "/dev/ttyUSB0"  # the adapter; better its name in /dev/serial/by-id/
 baudrate = 19200  # bit/s; the heat pump's own is found, this is only tried first
 parity = "E"  # "E" = even, "O" = odd, "N" = none; found as well
-stopbits = 1  # 1 or 2; 1 hears 2 as well, so only 1 is tried later
+stopbits = 1  # 1 or 2; the search tries 1 only, which receives frames with 2 as well
 unit_id = 60  # the meter's Modbus address, 1 to 247
 surplus_sign = 1  # 1 = the heat pump wants surplus positive, -1 = negative
 log_level = "INFO"  # "DEBUG" = every frame too; "WARNING", "ERROR" = less
@@ -40,13 +41,15 @@ import struct
 import sys
 import termios
 import threading
-from functools import partial
+from collections import deque, namedtuple
+from functools import cache, partial
+from itertools import cycle
 from logging.handlers import QueueHandler, QueueListener
 from subprocess import DEVNULL, run
 from time import CLOCK_BOOTTIME, clock_gettime, sleep
 
-import paho.mqtt.client as mqtt
 import serial
+from paho.mqtt.client import CallbackAPIVersion, Client
 from pymodbus.constants import ExcCodes
 from pymodbus.framer import FRAMER_NAME_TO_CLASS, FramerRTU, FramerType
 from pymodbus.pdu import DecodePDU, ExceptionResponse
@@ -54,24 +57,21 @@ from pymodbus.server import ServerAsyncStop, StartSerialServer
 from pymodbus.simulator import DataType, SimData, SimDevice
 
 READ_TIMEOUT = 60  # s without a read after which the heat pump counts as not reading
-PATIENCE = 20  # s in which bytes came but no frame, then other settings are tried
-MAX_GAP = 0.1  # s between two pieces of a frame; USB adapters make gaps of 0.02 s
+PATIENCE = 20  # s of bytes without a frame, after which other settings are tried
+TICK = 0.2  # s between two calls of look_after(); a gap in a frame has to be shorter
 MAX_FRAME = 256  # bytes
 BAUDRATES = (19200, 9600, 38400, 115200, 57600, 4800, 2400, 1200)  # likely ones first
+SerialSettings = namedtuple("SerialSettings", "baudrate parity stopbits")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 # A plain number; float() alone would take nan, 1_000 and other alphabets' digits too.
-NUMBER = re.compile(rb"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*")
+NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 ADAPTER_FAULTS = {
     errno.ENOENT: "is not there",
     errno.ENODEV: "is not there",
     errno.EACCES: "may not be opened, add your user to the group dialout",
     errno.EAGAIN: "is in use by another program",
-    errno.EBUSY: "is in use by another program",
 }
-# paho's thread runs Broker's methods on_..., the main thread all the rest, in the event
-# loop of pymodbus's server while that runs. Both use Meter and Broker.
 now = partial(clock_gettime, CLOCK_BOOTTIME)  # s, goes on while a computer sleeps
-NEVER = float("-inf")  # as a time
 log = logging.getLogger("powermeter")
 last_said = {}  # subject: the last text that say() wrote on it
 orders = []  # Ctrl-C and SIGTERM add "stop", on which the main thread ends the script
@@ -84,17 +84,16 @@ def say(subject, write, text):
         write(text)
 
 
-def is_host(text):
-    """Return whether text can be a host or an IP address; one ":" would be a port's."""
-    return text.encode("idna") and text.count(":") != 1 and not set(text) & set("/[ \0")
-
-
 def check_settings():
     """End the script with status 2 and one line where a setting cannot work."""
+
+    def is_host(v):  # a name that cannot be one raises here; one ":" starts a port
+        return v.encode("idna") and v.count(":") != 1 and not set(v) & set("/[ \0")
+
     text, whole, number, login = (str,), (int,), (int, float), (str, int)
     wild = set("+#\0")  # these are not allowed in a topic
     load_ca = ssl.create_default_context  # raises OSError for a file without a CA
-    rows = (  # name, types, whether a value of these types can work, what it may be
+    rows = (  # name, types, test (an error is a no as well), what it may be
         ("topic", text, lambda v: v and wild.isdisjoint(v), "a topic without + and #"),
         ("mqtt_server", text, is_host, "a host name or an IP address, without a port"),
         ("mqtt_port", whole, lambda v: 1 <= v <= 65535, "1 to 65535"),
@@ -127,24 +126,22 @@ def check_settings():
 
 # ------------------- The meter: Saia-Burgess ALE3, datasheet 26-527 -------------------
 VOLTAGE = 230  # V
-MAX_WATTS = 327670  # W: the total is 16 bits of 10 W
+MAX_WATTS = 327670  # W: the total is a signed 16-bit number of 10 W
 REGISTERS = 52
 MAX_COUNT = 20  # registers in one read
 READ, WRITE = 3, 16  # its function codes: Read Holding and Write Multiple Registers
-RESETTABLE = (30, 34)  # R of counters of two words that may be set to 0; R1 is wire 0
 
 
 def meter_registers(watts, rate):
     """Return R1 to R52 (16 bits each) for a rest power in W and a baudrate in bit/s."""
     current = round(abs(watts) / 3 / VOLTAGE * 10)  # 0.1 A
     power = (surplus_sign * round(watts / 30)) & 0xFFFF  # 10 W, in two's complement
-    phase = (VOLTAGE, current, power, 0, 100)  # 0 var, cos phi 1.00 in steps of 0.01
+    phase = (VOLTAGE, current, power, 0, 100)  # V, 0.1 A, 10 W, 10 var, cos phi in 0.01
     return [
         *(11, REGISTERS, 0),  # R1-3 firmware version 1.1, number of registers, of flags
         *(*divmod(rate, 0x10000), 0),  # R4-5 baudrate, bit/s, R6 not used
         *struct.unpack(">8H", b"ALE3D5FD10C2A00\0"),  # R7-14 type
-        *(11, 0, 0, 1),  # R15 hardware version 1.1, R16-18 serial number
-        *(0, 0, 0),  # R19-21 not used
+        *(11, 0, 0, 1, 0, 0, 0),  # R15 hardware 1.1, R16-18 serial no., R19-21 not used
         *(0, 60),  # R22 status, 0 = no problem, R23 response timeout, ms
         *(unit_id, 0, 0, 0),  # R24 Modbus address, R25-27 errors, not used, tariff
         *[0] * 8,  # R28-35 energy, 0.01 kWh; 0, as counts would be lost at restarts
@@ -155,38 +152,33 @@ def meter_registers(watts, rate):
 
 
 def refusal(request):
-    """Return the exception code for a request (bytes, function code first), or None."""
+    """Return the exception code for a request (its function code first), or None."""
     function = request[0]
     if function not in (READ, WRITE):
         return ExcCodes.ILLEGAL_FUNCTION
     if function == READ:
-        wire_address, count = struct.unpack(">HH", request[1:])  # always 4 bytes
+        wire_address, count = struct.unpack(">HH", request[1:])  # reads are 5 bytes
         fits = 1 <= count <= MAX_COUNT and wire_address + count <= REGISTERS
         return None if fits else ExcCodes.ILLEGAL_ADDRESS
-    if len(request) < 6:  # a write cut short, which find_frames() lets through
+    if len(request) < 6:  # cut short before its values begin
         return ExcCodes.ILLEGAL_VALUE
     wire_address, count, byte_count = struct.unpack(">HHB", request[1:6])
-    if count == 0 or not byte_count == len(request) - 6 == 2 * count:
+    if count == 0 or byte_count != 2 * count or byte_count != len(request) - 6:
         return ExcCodes.ILLEGAL_VALUE
-    if count != 2 or wire_address + 1 not in RESETTABLE:
+    if (wire_address + 1, count) not in ((30, 2), (34, 2)):  # R of a counter to reset
         return ExcCodes.ILLEGAL_ADDRESS
-    return ExcCodes.ILLEGAL_VALUE if any(request[6:]) else None  # zeros may pass
+    return ExcCodes.ILLEGAL_VALUE if any(request[6:]) else None
 
 
 class Meter(SimDevice):
-    """pymodbus's datastore: paho's thread writes the registers, the server reads them.
-
-    The main thread writes too, 0 W for a value that is too old. They take turns by the
-    lock, and write all registers in one assignment, which no read can see half done.
-    """
+    """pymodbus's datastore: paho's thread writes the registers, servers read them."""
 
     def __init__(self):
-        zeros = SimData(0, values=[0] * REGISTERS, datatype=DataType.REGISTERS)
-        super().__init__(unit_id, zeros)
-        built = super().build_device()
-        self.build_device = lambda: built  # each server calls it, all share .registers
-        _first_address, self.registers, _types = built
-        self.lock = threading.Lock()
+        super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
+        # Each server calls build_device(): cached, it gives all of them the same list.
+        self.build_device = cache(self.build_device)
+        _first_address, self.registers, _types = self.build_device()
+        self.lock = threading.Lock()  # the main thread writes too, 0 W at an old age
         self.baudrate = baudrate  # in use, bit/s; serve() sets it
         self.too_old = False  # whether 0 W are served, as the rest power is too old
         self.update(0.0)
@@ -199,23 +191,24 @@ class Meter(SimDevice):
             was_too_old = self.too_old
             self.too_old = max_age > 0 and now() - self.arrival > max_age
             self.served = 0.0 if self.too_old else self.watts
+            # One assignment: a read sees all the old or all the new ones, no mixture.
             self.registers[:REGISTERS] = meter_registers(self.served, self.baudrate)
         if self.too_old and not was_too_old:
             log.warning("no rest power for %g s: serving 0 W until one comes", max_age)
 
 
 # -------------------------- MQTT: where the value comes from --------------------------
-class Broker(mqtt.Client):
+class Broker(Client):
     """The connection to the MQTT broker; paho's thread calls the methods on_..."""
 
     def __init__(self, meter):
-        # One client id for all sessions: the broker ends a dead one before the next.
+        # The same client id at each login: with it, the broker ends a dead session.
         client_id = f"powermeter-{os.urandom(4).hex()}"
-        super().__init__(mqtt.CallbackAPIVersion.VERSION2, client_id)
+        super().__init__(CallbackAPIVersion.VERSION2, client_id)
         self.meter = meter
         self.name = f"the MQTT broker {mqtt_server}:{mqtt_port}"
-        self.login = "asked"  # by each try; then "let in", "refused" or "closed"
-        self.numbers = []  # the last 1000 rest powers in W, see on_message()
+        self.if_closed = ""  # what on_disconnect() says, "" = nothing
+        self.heard = deque(maxlen=1000)  # the last rest powers in W, see on_message()
         self.last_status = ""  # the last that was published in this session
         self.reconnect_delay_set(1, 10)  # s between two tries
         self.username_pw_set(str(mqtt_username) or None, str(mqtt_password) or None)
@@ -226,36 +219,35 @@ class Broker(mqtt.Client):
         self.connect_async(mqtt_server, mqtt_port, keepalive=10)  # s; at loop_start()
 
     def on_message(self, _client, _userdata, message):
-        """Write the rest power into the datastore; 0 W where it is no plain number."""
-        payload = message.payload
-        if not NUMBER.fullmatch(payload) or abs(float(payload)) > MAX_WATTS:
+        """Write the rest power into the datastore; 0 W where it cannot be right."""
+        raw = message.payload.decode(errors="replace")
+        if not NUMBER.fullmatch(raw) or abs(float(raw)) > MAX_WATTS:
             self.meter.update(0.0)
-            text = payload[:80].decode(errors="replace")
-            log.error("%r is no rest power in W: serving 0 W until one comes", text)
+            log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
-        watts = float(payload)
-        # A retained value comes again at each login: one seen before keeps its old age.
-        if message.retain and watts in self.numbers:
-            if watts != self.numbers[-1]:  # maybe older than the last: trust neither
+        watts = float(raw)
+        if message.retain and watts in self.heard:
+            # The broker sends it at each login: no news, the last value keeps its age.
+            if watts != self.heard[-1]:  # it is older or newer than that: nobody knows
                 self.meter.update(0.0)
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
             return
-        self.numbers = [*self.numbers[-999:], watts]
+        self.heard.append(watts)
         self.meter.update(watts)
         log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
 
     def on_pre_connect(self, _client, _userdata):
-        """Note that a login begins."""
-        self.login = "asked"
+        """Prepare for a broker that closes the connection instead of an answer."""
+        self.if_closed = "closed the connection: check mqtt_port and mqtt_tls"
 
     def on_connect(self, _client, _userdata, _flags, reason, _properties):
-        """Subscribe, at each login as the broker forgets; or say that it refuses."""
+        """Subscribe, anew at each login; or say that the broker refuses it."""
         if reason.is_failure:
-            self.login = "refused"
+            self.if_closed = ""  # said already
             what = f"the login, check mqtt_username and mqtt_password: {reason}"
             say("broker", log.error, f"{self.name} refuses {what}")
         else:
-            self.login = "let in"
+            self.if_closed = "closed the connection: connecting again"
             self.subscribe(topic)
             self.last_status = ""  # so that look_after() publishes it
 
@@ -279,107 +271,111 @@ class Broker(mqtt.Client):
         say("broker", write, f"cannot reach {self.name} ({error}): {hint}")
 
     def on_disconnect(self, _client, _userdata, _flags, reason, _properties):
-        """Say that the broker hung up; nothing if it refused or this script hung up."""
-        closed = f"{self.name} closed the connection"
-        if reason.is_failure and self.login == "let in":
-            say("broker", log.warning, f"{closed}: connecting again")
-        elif reason.is_failure and self.login == "asked":
-            say("broker", log.warning, f"{closed}: check mqtt_port and mqtt_tls")
-        self.login = "closed"  # paho may call this twice for one end: the 2nd is silent
+        """Say that the broker has closed the connection, if it was not this script."""
+        if reason.is_failure and self.if_closed:
+            say("broker", log.warning, f"{self.name} {self.if_closed}")
 
 
 # -------- Modbus: frames, by the Modbus Application Protocol V1.1b3, chapter 6 --------
-def frame_sizes(data):
-    """Return (size in bytes, is a request) of the frames that data may begin with."""
-    function, byte_count = data[1], data[2]  # a request has its address there
-    if function in (1, 2, 3, 4) and byte_count not in (0, 3):  # 5 + 3 = a request's 8
-        return [(8, True), (5 + byte_count, False)]
-    if function in (1, 2, 3, 4, 5, 6):  # 5 and 6 are answered by the very same bytes
-        return [(8, True)]
-    if function == WRITE and len(data) >= 8:
-        return [(9 + data[6], True), (8, False)]
-    is_exception = function > 0x80 and byte_count < 12  # then that byte is its code
-    return [(5, False)] if is_exception else []
+def first_frame(data):
+    """Return (frame, is an answer) of the good frame that data begins with, or None."""
+    function, third = data[1], data[2]
+    request, answer = 0, 0  # their sizes, as both begin alike; 0 = it can be none
+    if function in (1, 2, 3, 4):
+        request, answer = 8, (5 + third if third else 0)  # third: number of data bytes
+    elif function in (5, 6):
+        request, answer = 8, 8  # the very same bytes: taken as a request
+    elif function == WRITE and len(data) >= 8:
+        request, answer = 9 + data[6], 8  # data[6]: number of bytes to write
+    elif function > 0x80 and third < 12:
+        answer = 5  # an exception, third is its code
+    # The CRC decides. Zeros behind a frame keep it good, so the shorter size is first.
+    for size, is_answer in sorted([(request, False), (answer, True)]):
+        if 0 < size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
+            return data[:size], is_answer
+    return None
 
 
 def find_frames(data):
-    """Return the frames in data (bytes), as (frame, is a request), and what is left."""
-    frames, start = [], 0
-    while start < len(data) - 3:  # at every offset: a frame may follow anything
-        for size, is_request in sorted(frame_sizes(data[start:])):  # shortest first
-            frame = data[start : start + size]
-            if len(frame) == size and FramerRTU.compute_CRC(frame) == 0:
-                frames.append((frame, is_request))
-                data, start = data[start + size :], 0  # on behind it
-                break  # try none longer: zeros behind a frame leave its CRC good
+    """Return all good frames in data as (frame, is an answer), and the bytes left."""
+    frames, start, left = [], 0, data
+    while start <= len(data) - 4:
+        found = first_frame(data[start:])
+        if found:
+            frames.append(found)
+            start += len(found[0])
+            left = data[start:]
         else:
-            start += 1
-    # Is the whole rest a request to us, with an unknown function or a write cut short?
-    # It gets refused. A part is not tried: some part has a good CRC by chance.
-    is_ours = len(data) >= 4 and data[0] == unit_id and 0 < data[1] < 128
-    if is_ours and data[1] != READ and FramerRTU.compute_CRC(data) == 0:
-        return [*frames, (data, True)], b""
-    return frames, data[-MAX_FRAME:]
+            start += 1  # noise may come before a frame
+    # A request to us with another function, or a write cut short, has no known size. It
+    # has to be all that is left: in another's long frame, some part may have a good CRC
+    # by chance. Reads, whose size is known, were found above.
+    is_ours = len(left) >= 4 and left[0] == unit_id and 0 < left[1] < 0x80
+    if is_ours and left[1] != READ and FramerRTU.compute_CRC(left) == 0:
+        return [*frames, (left, False)], b""
+    return frames, left[-MAX_FRAME:]
 
 
 class Refusal(ExceptionResponse):
     async def datastore_update(self, _context, _unit_id):
-        """Return itself: a refused request is to pymodbus its own answer."""
+        """Return itself: pymodbus asks each request for the answer to send."""
         return self
 
 
 class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers others'
-    """The framer of all servers: finds our requests, and the right serial settings."""
+    """The framer of all servers: finds the requests to us, and wrong serial settings.
+
+    What comes between two gaps of a TICK is a piece; without a good frame, it is a
+    misfit. Two good frames, or one request to us, prove that the settings are right.
+    """
 
     def __init__(self, meter):
         super().__init__(DecodePDU(is_server=True))
         self.MAX_SIZE = 4096  # pymodbus drops more than 264 bytes, the newest too
         self.meter = meter
-        self.settings = (baudrate, parity, stopbits)  # that serve() has to use
-        every = [(rate, letter, 1) for rate in BAUDRATES for letter in "ENO"]
-        self.candidates = list(dict.fromkeys([self.settings, *every]))
-        self.proven = False  # whether the settings are right, which stays so
-        self.heard = False  # whether anything ever came
-        self.last_read = NEVER  # s
-        self.quiet_since = now()  # s; start, last read or last second without adapter
+        self.own = SerialSettings(baudrate, parity, stopbits)  # the user's
+        self.settings = self.own  # serve() tries others where they are wrong
+        self.proven = False  # whether they are right for sure
+        self.is_open, self.fault = False, ""  # of the adapter, see run_server()
+        self.heard = False  # whether any byte ever came
+        self.last_read = -READ_TIMEOUT  # s; below 0 = never
+        self.quiet_since = now()  # s; "has not read for 60 s" is counted from here
         self.refused = b""  # the first request to us that was refused
         self.asked, self.answering = set(), set()  # unit ids of others
         self.begin()
 
     def begin(self):
         """Begin to listen with the settings."""
-        self.left, self.last_byte = b"", now()  # bytes that are no frame yet, and s
-        # A piece is what comes between two gaps; the first may be cut off, no misfit.
-        self.has_frame = True  # in this piece; True here lets the first one pass
-        self.good_frames, self.misfits = 0, []  # misfits: times in s, see end_piece()
+        self.left, self.is_quiet = b"", False  # bytes of no frame yet; see end_piece()
+        self.piece_fits = True  # the first may be the end of a frame: no misfit
+        self.good_frames, self.misfits = 0, []  # misfits: times in s
         self.unanswered = None  # the request that buildFrame() has to answer
 
     def handleFrame(self, data, _unit_id, _transaction_id):
-        """Return the bytes used, all of them, and the request to us that waits."""
-        if now() - self.last_byte > MAX_GAP:
-            self.end_piece()
-        self.last_byte, self.heard = now(), True
+        """Take the bytes that came; return their number, and the request to answer."""
+        self.is_quiet, self.heard = False, True
         frames, self.left = find_frames(self.left + data)
-        for frame, is_request in frames:
+        for frame, is_answer in frames:
             unit, function = frame[0], frame[1]
-            self.unanswered = None  # whoever spoke next, it is too late for an answer
-            if is_request and unit == unit_id:
-                self.unanswered = self.take_request(frame[1:-2])
-            elif not is_request:
+            self.unanswered = None  # for an older one it is too late
+            if is_answer:
                 self.answering.add(unit)
-            elif function in (3, 4):  # 5 and 6 look alike as request and answer
+            elif unit == unit_id:
+                self.unanswered = self.take_request(frame[1:-2])
+            elif function in (3, 4):  # a read of registers, as of a meter
                 self.asked.add(unit)
-            if function < 0x80:  # exceptions are so short that chance makes them
-                self.has_frame, self.misfits = True, []
+            if function < 0x80:  # exceptions prove nothing: 5 bytes may be chance
+                self.piece_fits, self.misfits = True, []
                 self.good_frames += 1
         self.proven = self.proven or self.good_frames > 1
-        # New bytes make pymodbus drop an unanswered request: return it each time.
+        # pymodbus answers a little later, but only what the last call returned. So each
+        # call returns the open request, and buildFrame() lets one answer to it out.
         return len(data), self.unanswered
 
     def take_request(self, request):
         """Return a request to us (bytes from the function code on) for pymodbus."""
         self.proven = True
-        self.meter.update()  # no old value is answered, even if nothing else runs
+        self.meter.update()  # before each answer, so that no value too old goes out
         code = refusal(request)
         if code:
             self.refused = self.refused or request
@@ -397,30 +393,27 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         return super().buildFrame(answer)
 
     def end_piece(self):
-        """End a piece, at a gap: without a frame in it, it is a misfit."""
-        if self.left and not self.has_frame and not self.proven:
-            self.misfits.append(now())
-        self.left, self.has_frame = b"", False
+        """End a piece if no byte came since the last call; for look_after()."""
+        is_full = len(self.left) == MAX_FRAME and not self.proven  # noise without gaps
+        if self.is_quiet or is_full:
+            if self.left and not self.piece_fits:
+                self.misfits.append(now())
+            self.left, self.piece_fits = b"", False  # a new one, without a frame yet
+        self.is_quiet = True  # until handleFrame() takes a byte
+        self.misfits = [time for time in self.misfits if now() - time < 3 * PATIENCE]
 
-    def judge(self):
-        """At a misfit take the next settings; the user's own get PATIENCE first."""
-        if self.proven:
-            return
-        if now() - self.last_byte > MAX_GAP or len(self.left) == MAX_FRAME:  # endless
-            self.end_piece()
-        self.misfits = [time for time in self.misfits if now() - time < READ_TIMEOUT]
-        tried = self.candidates.index(self.settings)  # 0 = those of the settings block
-        lasting = self.misfits[-1] - self.misfits[0] if self.misfits else 0  # s
-        if lasting > PATIENCE or (self.misfits and tried > 0):
-            self.settings = self.candidates[(tried + 1) % len(self.candidates)]
-            if self.settings == self.candidates[0]:
-                say("round", log.warning, "no serial settings fit: swap A and B")
+    def is_wrong(self):
+        """Return whether the settings are wrong: one misfit, or PATIENCE of them."""
+        if self.proven or not self.misfits:
+            return False
+        patience = PATIENCE if self.settings == self.own else 0  # s
+        return self.misfits[-1] - self.misfits[0] >= patience
 
     def diagnosis(self):
         """Return a sentence on why the heat pump does not read."""
         units = " or ".join(map(str, sorted(self.asked - self.answering - {0})))
         reasons = (  # the first that is true
-            (self.last_read > NEVER, "it stopped asking: is it on, are all wires in?"),
+            (self.last_read > 0, "it stopped asking: is it on, are all wires in?"),
             (self.refused, f"the meter refuses what it asks: {self.refused.hex(' ')}"),
             (units, f"other units are asked in vain: set unit_id = {units}"),
             (self.proven, "it does not ask for a meter: switch it on in its settings"),
@@ -431,16 +424,15 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
 
 
 def look_after(broker, line):
-    """Do what only time brings about; the main thread calls this all the time."""
+    """Do all that is due by time; the main thread calls it each TICK."""
     try:
         broker.loop_start()  # starts paho's thread, also where an error has ended it
         line.meter.update()
-        line.judge()
-        if line.proven and line.settings != line.candidates[0]:
-            rate, letter, bits = line.settings
-            advice = f'set baudrate = {rate}, parity = "{letter}", stopbits = {bits}'
-            found = f"the heat pump speaks {rate} bit/s 8{letter}{bits}: {advice}"
-            say("found", log.info, found)
+        line.end_piece()
+        if line.proven and line.settings != line.own:
+            found = "the heat pump speaks {baudrate} bit/s 8{parity}{stopbits}: set "
+            found += 'baudrate = {baudrate}, parity = "{parity}", stopbits = {stopbits}'
+            say("found", log.info, found.format(**line.settings._asdict()))
         reads = now() - line.last_read < READ_TIMEOUT
         status = "online" if reads else "no heat pump"
         if status_topic and broker.is_connected() and broker.last_status != status:
@@ -455,59 +447,67 @@ def look_after(broker, line):
         say("error", log.exception, f"going on after an error: {error!r}")
 
 
-def serve(broker, line):
-    """Run server after server, for each new settings and adapter, until the stop."""
+def run_server(broker, line):
+    """Run one pymodbus server, until stop, wrong settings or a fault of the adapter."""
 
-    def on_adapter(connected):
-        line.is_open = connected
-        line.begin()
-        if connected:
-            asyncio.create_task(attend())
-            say("adapter", log.info, f"the meter is on the line: {serial_port}")
-            # pyserial turns the check of parity off: odd would be taken for even
-            run(["stty", "-F", serial_port, "inpck"], stderr=DEVNULL, check=False)
-
-    async def attend():  # the only one to end a server: a second end raises
-        while line.is_open and line.settings == settings and not orders:  # of serve()
+    async def attend():  # the only place that ends the server: a second end would raise
+        while line.is_open and not line.is_wrong() and not orders:
             look_after(broker, line)
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(TICK)
+        line.fault = "" if line.is_open else "is not there"
         await ServerAsyncStop()
 
+    def on_adapter(is_open):  # called when the server has opened or lost it
+        line.is_open = is_open
+        if is_open:
+            line.begin()
+            asyncio.create_task(attend())
+            say("adapter", log.info, f"the meter is on the line: {serial_port}")
+            # pyserial turns the check of parity off: bytes with a wrong one would pass
+            run(["stty", "-F", serial_port, "inpck"], stderr=DEVNULL, check=False)
+
+    line.meter.baudrate = line.settings.baudrate
+    port = {"port": serial_port, **line.settings._asdict()}
+    try:
+        serial.Serial(exclusive=True, **port).close()  # pymodbus hides the error
+        StartSerialServer(line.meter, trace_connect=on_adapter, **port)
+    except (OSError, RuntimeError, termios.error) as error:
+        line.fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
+
+
+def serve(broker, line):
+    """Run server after server until the stop, with other settings after wrong ones."""
     FRAMER_NAME_TO_CLASS[FramerType.RTU] = lambda _decoder: line  # for every server
+    every = [SerialSettings(rate, letter, 1) for rate in BAUDRATES for letter in "ENO"]
+    rounds = cycle([*(other for other in every if other != line.own), line.own])
     while not orders:
-        settings = rate, par, bits = line.settings  # attend() ends at any others
-        port = {"port": serial_port, "baudrate": rate, "parity": par, "stopbits": bits}
-        line.meter.baudrate = rate
-        fault = "is not there"  # if the server just returns: the adapter went away
-        try:
-            serial.Serial(exclusive=True, **port).close()  # pymodbus hides the error
-            StartSerialServer(line.meter, trace_connect=on_adapter, **port)
-        except (OSError, RuntimeError, termios.error) as error:
-            fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
-        if line.settings == settings and not orders:  # so the adapter is the cause
-            what = f"the adapter {serial_port} {fault}: trying every second"
+        run_server(broker, line)
+        if line.fault:
+            what = f"the adapter {serial_port} {line.fault}: trying every second"
             say("adapter", log.warning, what)
             look_after(broker, line)
             sleep(1)
             line.quiet_since = now()  # the heat pump could not read
+        elif line.is_wrong():
+            line.settings = next(rounds)
+            if line.settings == line.own:
+                say("round", log.warning, "no serial settings fit: swap A and B")
 
 
 def main():
     """Carry the value from the broker to the line, until Ctrl-C or SIGTERM."""
     check_settings()
-    for number in (signal.SIGINT, signal.SIGTERM):  # an exception could get lost
+    for number in (signal.SIGINT, signal.SIGTERM):  # raising here could get lost
         signal.signal(number, lambda *_: orders.append("stop"))
-    sys.stdout.reconfigure(errors="backslashreplace")
-    # A terminal stopped by Ctrl-S stops the listener's thread alone; lines are lost.
+    # Ctrl-S in the terminal stops only the listener's thread; a full queue drops lines.
     lines, layout = queue.Queue(1000), "%(asctime)s %(levelname)s %(message)s"
     QueueListener(lines, logging.StreamHandler(sys.stdout)).start()
     logging.basicConfig(level=log_level, handlers=[QueueHandler(lines)], format=layout)
-    logging.raiseExceptions = False
+    logging.raiseExceptions = False  # else each of these prints a traceback
     logging.getLogger("pymodbus.logging").disabled = log_level != "DEBUG"
     log.info("powermeter.py starts")
     broker = Broker(Meter())
     serve(broker, Line(broker.meter))
-    log.info("powermeter.py ends")
     if status_topic:
         broker.publish(status_topic, "offline", retain=True)
     broker.disconnect()

@@ -248,12 +248,12 @@ class Line:
         ready, _, _ = select.select([self.ends[0]], [], [], seconds)
         return os.read(self.ends[0], 4096) if ready else b""
 
-    def ask(self, request, seconds=1.0):
+    def ask(self, request, seconds=3.0):
         """Send a request and return all that comes until it is a whole frame."""
         self.send(request)
         return self.answer(seconds)
 
-    def answer(self, seconds=1.0):
+    def answer(self, seconds=3.0):
         data, end = b"", time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             data += self.hear(left)
@@ -761,7 +761,7 @@ def test_ctrl_c_and_sigterm_end_it_cleanly_also_without_all_or_searching(rig, nu
     alone = rig().begin(broker=False, adapter=False).script
     alone.says("cannot reach the MQTT broker", "is not there")
     alone.ends(number)
-    searching = rig(PATIENCE=0.5, speaks=(38400, "N")).start()
+    searching = rig(**HASTE, speaks=(38400, "N")).start()
     while searching.line.settings() == (19200, "E"):
         searching.line.ask(POLL, 0.2)
     searching.script.ends(number)
@@ -902,7 +902,7 @@ def test_no_poll_is_lost_and_nothing_is_said_to_others_after(meter, kind):
         # every other time the poll follows at once
         spoken += len(meter.line.hear(0.01 if turn % 2 else 0))
         poll, right = polls[turn // 2 % 3]
-        answer = meter.line.ask(poll, 0.5)
+        answer = meter.line.ask(poll)
         lost += not answer.endswith(right)
         spoken += answer != right and answer != b""
     spoken += len(meter.line.hear(0.05))
@@ -911,19 +911,24 @@ def test_no_poll_is_lost_and_nothing_is_said_to_others_after(meter, kind):
 
 def test_poll_is_answered_in_pieces_behind_another_and_before_a_stray_byte(meter):
     meter.serve()
-    for request, answer in ((POLL, ANSWER), (RESET, RESET_DONE)):
-        for cut in range(1, len(request)):
-            meter.line.send(request[:cut])
-            assert meter.line.hear(0.02) == b""
-            assert meter.line.ask(request[cut:]) == answer
-    for byte in POLL[:-1]:
-        meter.line.send(bytes([byte]))
-        assert meter.line.hear(0.02) == b""
-    assert meter.line.ask(POLL[-1:]) == ANSWER
-    for cut in range(1, len(POLL)):
-        meter.line.send(frame("3C 03 00 23 00 01") + POLL[:cut])
-        assert meter.line.answer() == frame("3C 03 02 00 E6")
-        assert meter.line.ask(POLL[cut:]) == ANSWER
+    another, other_answer = frame("3C 03 00 23 00 01"), frame("3C 03 02 00 E6")
+    rows = [([POLL[:cut], POLL[cut:]], ANSWER) for cut in range(1, 8)]
+    rows += [([RESET[:cut], RESET[cut:]], RESET_DONE) for cut in range(1, 13)]
+    rows += [([bytes([byte]) for byte in POLL], ANSWER)]
+    rows += [([another + POLL[:cut], POLL[cut:]], ANSWER) for cut in range(1, 8)]
+    judged = 0
+    for pieces, right in rows:
+        gaps, heard, sent = [], b"", time.monotonic()
+        for piece in pieces:
+            heard += meter.line.hear(0.1)
+            meter.line.send(piece)
+            gaps.append(time.monotonic() - sent)
+            sent = time.monotonic()
+        heard += meter.line.answer()
+        if max(gaps) < 0.2:  # the computer itself can be held up for longer
+            judged += 1
+            assert heard == (other_answer if pieces[0][:8] == another else b"") + right
+    assert judged > 10
     rng, lost = random.Random("stray byte"), 0
     for _ in range(200):
         meter.line.send(POLL)
@@ -931,14 +936,14 @@ def test_poll_is_answered_in_pieces_behind_another_and_before_a_stray_byte(meter
         while time.monotonic() < end:
             pass
         meter.line.send(b"\xff")
-        lost += meter.line.answer(0.5) != ANSWER
+        lost += meter.line.answer() != ANSWER
     assert lost == 0
     assert meter.line.hear(0.05) == b""
 
 
 @pytest.mark.parametrize(("unit", "begin", "end"), PARTS)
 def test_part_of_a_frame_is_never_taken_for_a_request(rig, unit, begin, end):
-    rig = rig(unit_id=unit).start()
+    rig = rig(unit_id=unit, TICK=1).start()
     rig.line.registers(37, 1, unit)
     for _ in range(5):
         rig.line.send(bytes.fromhex(begin))
@@ -1196,11 +1201,12 @@ def test_meter_replies_as_the_datasheet_says(meter, script, request_, reply):
 @pytest.mark.parametrize("text", FRAMES.values(), ids=FRAMES)
 def test_frames_are_found_in_all_that_comes(script, text):
     marked = re.findall(r"\[(.*?)\](\??)", text)
-    expected = [(frame(data), mark == "?") for data, mark in marked]
+    expected = [(frame(data), mark == "") for data, mark in marked]
     assert script.find_frames(bytes_of(text))[0] == expected
 
 
 # ------------- The heat pump's serial settings, searched with little patience -------------
+HASTE = {"PATIENCE": 0.5, "TICK": 0.05}  # s
 SPOKEN = [(38400, "N"), (19200, "O"), (9600, "E"), (115200, "N"), (1200, "O")]
 PROOFS = table("""
 a request to us: [3C 03 00 25 00 0E] -> True
@@ -1229,7 +1235,7 @@ another function: [3C 04 00 25 00 01] -> refuses what it asks: 04 00 25
 
 @pytest.mark.parametrize(("rate", "letter"), SPOKEN)
 def test_serial_settings_of_the_heat_pump_are_found_and_said_once(rig, rate, letter):
-    rig = rig(PATIENCE=0.5, speaks=(rate, letter)).start()
+    rig = rig(**HASTE, speaks=(rate, letter)).start()
     rig.line.find()
     found = f'set baudrate = {rate}, parity = "{letter}", stopbits = 1\n'
     rig.script.says(f"INFO the heat pump speaks {rate} bit/s 8{letter}1: {found}")
@@ -1243,7 +1249,7 @@ def test_serial_settings_of_the_heat_pump_are_found_and_said_once(rig, rate, let
 
 
 def test_two_stop_bits_of_the_settings_are_tried_again_in_each_round(rig):
-    rig = rig(stopbits=2, parity="N", PATIENCE=0.3, speaks=(19200, "N")).start()
+    rig = rig(stopbits=2, parity="N", **HASTE, speaks=(19200, "N")).start()
     os.write(rig.line.ends[0], b"noise")
     assert termios.tcgetattr(rig.line.ends[0])[2] & termios.CSTOPB
     eventually(lambda: rig.line.ask(POLL, 0.4), what="an answer")
@@ -1251,7 +1257,7 @@ def test_two_stop_bits_of_the_settings_are_tried_again_in_each_round(rig):
 
 
 def test_round_without_success_is_said_once_and_a_late_heat_pump_found(rig):
-    rig, seen = rig(PATIENCE=0.5).start(), []
+    rig, seen = rig(**HASTE).start(), []
     while rig.script.log().count("no serial settings fit: swap A and B") == 0:
         seen += rig.line.noise(1)
     for settings in ((1200, "O"), (19200, "E")):  # to the end of another round
@@ -1265,7 +1271,7 @@ def test_round_without_success_is_said_once_and_a_late_heat_pump_found(rig):
 
 
 def test_bytes_without_a_gap_do_not_hold_up_the_search(rig):
-    line = rig(PATIENCE=0.5, speaks=(9600, "E")).start().line
+    line = rig(**HASTE, speaks=(9600, "E")).start().line
 
     def moved_on():
         os.write(line.ends[0], bytes(range(32)))
@@ -1277,7 +1283,7 @@ def test_bytes_without_a_gap_do_not_hold_up_the_search(rig):
 
 
 def test_silence_moves_no_serial_setting(rig):
-    line = rig(PATIENCE=0.5, speaks=(57600, "N")).start().line
+    line = rig(**HASTE, speaks=(57600, "N")).start().line
     line.noise(0.4)  # some pieces, the first of which may pass as the end of a frame
     time.sleep(1)  # with nothing else heard, for a move that must not come
     assert line.settings() == (19200, "E")
@@ -1292,34 +1298,43 @@ def test_silence_moves_no_serial_setting(rig):
 
 @pytest.mark.parametrize(("frames", "are_proof"), PROOFS.values(), ids=PROOFS)
 def test_two_good_frames_or_one_to_us_prove_the_settings(rig, frames, are_proof):
-    line = rig(PATIENCE=0.5).start().line
+    line = rig(**HASTE).start().line
     line.ask(bytes_of(frames), 0.2)
     seen = line.noise(3)
     assert str(set(seen) == {(19200, "E")}) == are_proof
     line.find()
 
 
-def test_frames_in_pieces_fit_and_the_rest_of_one_at_the_beginning(rig):
-    rig(PATIENCE=0.5, speaks=(9600, "N")).start().line.find()
-    line = rig(PATIENCE=0.5, speaks=(19200, "N")).start().line
-    while line.settings() != (19200, "N"):
-        line.noise(0.01)
-    os.write(line.ends[0], POLL[3:])  # its first half went to the try before
-    time.sleep(0.3)
-    assert line.settings() == (19200, "N")
+LOOKS = """
+import asyncio
+sleep = asyncio.sleep
+asyncio.sleep = lambda seconds: print("looked", flush=True) or sleep(seconds)
+"""  # so that a test knows when the script has looked after all
+
+
+def test_frames_in_pieces_fit_and_settings_that_answer_are_not_left_any_more(rig):
+    rig = rig(PATIENCE=1, TICK=1, sabotage=LOOKS, speaks=(19200, "N")).start()
+    line, right = rig.line, (19200, "N")
+
+    def fits(data, looks=2):
+        os.write(line.ends[0], data)
+        rig.script.says("looked", times=rig.script.log().count("looked") + looks)
+        return line.settings() == right and line.hear(0) == b""
+
+    looks = 0
+    while not fits(b"" if looks % 2 else b"noise", 1):
+        looks += 1
+    assert fits(POLL[3:], 3)  # whose beginning went to the settings before
+    assert fits(POLL_9[:3], 1)
+    assert fits(POLL_9[3:], 3)
+    assert fits(b"noise")  # it is seen, and the settings are left at the next look
     assert line.ask(POLL)[:3] == b"\x3c\x03\x1c"
-    line = rig(PATIENCE=0.5).start().line
-    end = time.monotonic() + 2
-    while time.monotonic() < end:
-        line.send(POLL_9[:3])
-        time.sleep(0.06)
-        line.send(POLL_9[3:])
-        assert line.hear(0.2) == b""
-        assert line.settings() == (19200, "E")
+    assert fits(b"")
+    assert line.ask(POLL)[:3] == b"\x3c\x03\x1c"
 
 
 def test_adapter_pulled_during_the_search_goes_on_with_it(rig):
-    rig = rig(PATIENCE=0.5, speaks=(38400, "N")).start()
+    rig = rig(**HASTE, speaks=(38400, "N")).start()
     while rig.line.settings() == (19200, "E"):
         rig.line.ask(POLL, 0.2)
     rig.line.pull()
@@ -1425,7 +1440,7 @@ def day_of(seconds, *prefix):
 
 def test_sunny_day_ends_by_itself_and_leaves_nothing_behind():
     with day_of(2.5) as day:
-        assert day.process.wait(30) == 0, day.log()
+        assert day.process.wait(120) == 0, day.log()
         row = r"(?m)^ \d\d:\d\d +(-?\d+\.\d\d) +\1 +\1 +(-?\d+\.\d\d) .*$"
         rows = [tuple(map(float, found)) for found in re.findall(row, day.log())]
     assert len(rows) >= 2
