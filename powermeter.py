@@ -226,18 +226,18 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        if message.retain and watts in self.heard:
-            # The broker sends it at each login: no news, the last value keeps its age.
-            if watts != self.heard[-1]:  # it is older or newer than that: nobody knows
-                self.meter.update(0.0)
-            log.info("rest power %g W again: serving %g W", watts, self.meter.served)
+        if not message.retain or watts not in self.heard:
+            self.heard.append(watts)
+            self.meter.update(watts)
+            log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
             return
-        self.heard.append(watts)
-        self.meter.update(watts)
-        log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
+        # A retained value comes again at each login: the last one heard keeps its age.
+        if watts != self.heard[-1]:  # one from before that, left over or sent anew?
+            self.meter.update(0.0)
+        log.info("rest power %g W again: serving %g W", watts, self.meter.served)
 
     def on_pre_connect(self, _client, _userdata):
-        """Prepare for a broker that closes the connection instead of an answer."""
+        """Prepare for a broker that does not answer, but closes the connection."""
         self.if_closed = "closed the connection: check mqtt_port and mqtt_tls"
 
     def on_connect(self, _client, _userdata, _flags, reason, _properties):
@@ -280,7 +280,7 @@ class Broker(Client):
 def first_frame(data):
     """Return (frame, is an answer) of the good frame that data begins with, or None."""
     function, third = data[1], data[2]
-    request, answer = 0, 0  # their sizes, as both begin alike; 0 = it can be none
+    request, answer = 0, 0  # sizes if data is a request, an answer; 0 = it is none
     if function in (1, 2, 3, 4):
         request, answer = 8, (5 + third if third else 0)  # third: number of data bytes
     elif function in (5, 6):
@@ -307,9 +307,9 @@ def find_frames(data):
             left = data[start:]
         else:
             start += 1  # noise may come before a frame
-    # A request to us with another function, or a write cut short, has no known size. It
-    # has to be all that is left: in another's long frame, some part may have a good CRC
-    # by chance. Reads, whose size is known, were found above.
+    # What is left may be a request to us whose size first_frame() cannot tell, with an
+    # unusual function or cut short (never a read). Only as a whole it may be one: part
+    # of another unit's long frame can have a good CRC by chance.
     is_ours = len(left) >= 4 and left[0] == unit_id and 0 < left[1] < 0x80
     if is_ours and left[1] != READ and FramerRTU.compute_CRC(left) == 0:
         return [*frames, (left, False)], b""
@@ -325,7 +325,7 @@ class Refusal(ExceptionResponse):
 class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers others'
     """The framer of all servers: finds the requests to us, and wrong serial settings.
 
-    What comes between two gaps of a TICK is a piece; without a good frame, it is a
+    The bytes between two gaps of a TICK are a piece. A piece without a good frame is a
     misfit. Two good frames, or one request to us, prove that the settings are right.
     """
 
@@ -346,14 +346,14 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
 
     def begin(self):
         """Begin to listen with the settings."""
-        self.left, self.is_quiet = b"", False  # bytes of no frame yet; see end_piece()
+        self.left, self.quiet_ticks = b"", 0  # bytes of no frame yet; TICKs without any
         self.piece_fits = True  # the first may be the end of a frame: no misfit
         self.good_frames, self.misfits = 0, []  # misfits: times in s
         self.unanswered = None  # the request that buildFrame() has to answer
 
     def handleFrame(self, data, _unit_id, _transaction_id):
         """Take the bytes that came; return their number, and the request to answer."""
-        self.is_quiet, self.heard = False, True
+        self.quiet_ticks, self.heard = 0, True
         frames, self.left = find_frames(self.left + data)
         for frame, is_answer in frames:
             unit, function = frame[0], frame[1]
@@ -368,8 +368,8 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
                 self.piece_fits, self.misfits = True, []
                 self.good_frames += 1
         self.proven = self.proven or self.good_frames > 1
-        # pymodbus answers a little later, but only what the last call returned. So each
-        # call returns the open request, and buildFrame() lets one answer to it out.
+        # pymodbus answers later, and only what the latest call returned. So each call
+        # repeats the open request, and buildFrame() drops all answers but the first.
         return len(data), self.unanswered
 
     def take_request(self, request):
@@ -393,20 +393,20 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         return super().buildFrame(answer)
 
     def end_piece(self):
-        """End a piece if no byte came since the last call; for look_after()."""
+        """End a piece after a TICK without a byte; forget misfits of a minute ago."""
+        self.quiet_ticks += 1
         is_full = len(self.left) == MAX_FRAME and not self.proven  # noise without gaps
-        if self.is_quiet or is_full:
+        if self.quiet_ticks > 1 or is_full:
             if self.left and not self.piece_fits:
                 self.misfits.append(now())
             self.left, self.piece_fits = b"", False  # a new one, without a frame yet
-        self.is_quiet = True  # until handleFrame() takes a byte
         self.misfits = [time for time in self.misfits if now() - time < 3 * PATIENCE]
 
     def is_wrong(self):
-        """Return whether the settings are wrong: one misfit, or PATIENCE of them."""
+        """Return whether settings are wrong: the user's after misfits for PATIENCE."""
         if self.proven or not self.misfits:
             return False
-        patience = PATIENCE if self.settings == self.own else 0  # s
+        patience = PATIENCE if self.settings == self.own else 0  # s; 0: one is enough
         return self.misfits[-1] - self.misfits[0] >= patience
 
     def diagnosis(self):
@@ -448,7 +448,7 @@ def look_after(broker, line):
 
 
 def run_server(broker, line):
-    """Run one pymodbus server, until stop, wrong settings or a fault of the adapter."""
+    """Run one server until attend() ends it; set line.fault, "" = the adapter works."""
 
     async def attend():  # the only place that ends the server: a second end would raise
         while line.is_open and not line.is_wrong() and not orders:
@@ -469,7 +469,7 @@ def run_server(broker, line):
     line.meter.baudrate = line.settings.baudrate
     port = {"port": serial_port, **line.settings._asdict()}
     try:
-        serial.Serial(exclusive=True, **port).close()  # pymodbus hides the error
+        serial.Serial(exclusive=True, **port).close()  # raises what pymodbus hides
         StartSerialServer(line.meter, trace_connect=on_adapter, **port)
     except (OSError, RuntimeError, termios.error) as error:
         line.fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
