@@ -2,7 +2,6 @@
 
     restPower = hpPower - gridPower      in W; gridPower < 0: power goes to the grid
     MQTT broker -> Broker.on_message -> Meter.registers -> pymodbus -> heat pump
-    paho's thread runs Broker's methods on_..., the main thread runs all the rest
 
 Edit the settings, then start it in the README's environment: python3 powermeter.py
 """
@@ -179,7 +178,7 @@ class Meter(SimDevice):
         self.build_device = cache(self.build_device)
         _first_address, self.registers, _types = self.build_device()
         self.lock = threading.Lock()  # the main thread writes too, 0 W at an old age
-        self.baudrate = baudrate  # in use, bit/s; serve() sets it
+        self.baudrate = baudrate  # in use, bit/s; run_server() sets it
         self.too_old = False  # whether 0 W are served, as the rest power is too old
         self.update(0.0)
 
@@ -216,7 +215,7 @@ class Broker(Client):
             self.tls_set(mqtt_ca_file or None)
         if status_topic:
             self.will_set(status_topic, "offline", retain=True)
-        self.connect_async(mqtt_server, mqtt_port, keepalive=10)  # s; at loop_start()
+        self.connect_async(mqtt_server, mqtt_port, keepalive=10)  # s
 
     def on_message(self, _client, _userdata, message):
         """Write the rest power into the datastore; 0 W where it cannot be right."""
@@ -226,13 +225,15 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        if not message.retain or watts not in self.heard:
+        if not message.retain or watts not in self.heard:  # so it is new
             self.heard.append(watts)
             self.meter.update(watts)
             log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
             return
-        # A retained value comes again at each login: the last one heard keeps its age.
-        if watts != self.heard[-1]:  # one from before that, left over or sent anew?
+        # A retained value comes again at each login. The last one heard keeps its age.
+        # An earlier one was left over on the broker, or was sent anew while the line to
+        # it was down: as nobody knows which, 0 W are served.
+        if watts != self.heard[-1]:
             self.meter.update(0.0)
         log.info("rest power %g W again: serving %g W", watts, self.meter.served)
 
@@ -245,7 +246,7 @@ class Broker(Client):
         if reason.is_failure:
             self.if_closed = ""  # said already
             what = f"the login, check mqtt_username and mqtt_password: {reason}"
-            say("broker", log.error, f"{self.name} refuses {what}")
+            say(self, log.error, f"{self.name} refuses {what}")
         else:
             self.if_closed = "closed the connection: connecting again"
             self.subscribe(topic)
@@ -254,12 +255,11 @@ class Broker(Client):
     def on_subscribe(self, _client, _userdata, _mid, reasons, _properties):
         """Say that all is well; where the topic is refused, ask a second later."""
         if any(reason.is_failure for reason in reasons):
-            refused = f"topic {topic} to mqtt_username"
-            say("broker", log.error, f"{self.name} refuses {refused}")
+            say(self, log.error, f"{self.name} refuses topic {topic} to mqtt_username")
             sleep(1)  # holds up paho's thread, which has nothing to receive yet
             self.subscribe(topic)
         else:
-            say("broker", log.info, f"connected to {self.name}, waiting for {topic}")
+            say(self, log.info, f"connected to {self.name}, waiting for {topic}")
 
     def on_connect_fail(self, _client, _userdata):
         """Say why the broker cannot be reached."""
@@ -268,12 +268,12 @@ class Broker(Client):
         if mqtt_tls and isinstance(error, (ssl.SSLError, ConnectionResetError)):
             write = log.error
             hint = "check mqtt_tls, mqtt_port, mqtt_ca_file and mqtt_server"
-        say("broker", write, f"cannot reach {self.name} ({error}): {hint}")
+        say(self, write, f"cannot reach {self.name} ({error}): {hint}")
 
     def on_disconnect(self, _client, _userdata, _flags, reason, _properties):
         """Say that the broker has closed the connection, if it was not this script."""
         if reason.is_failure and self.if_closed:
-            say("broker", log.warning, f"{self.name} {self.if_closed}")
+            say(self, log.warning, f"{self.name} {self.if_closed}")
 
 
 # -------- Modbus: frames, by the Modbus Application Protocol V1.1b3, chapter 6 --------
@@ -307,11 +307,11 @@ def find_frames(data):
             left = data[start:]
         else:
             start += 1  # noise may come before a frame
-    # What is left may be a request to us whose size first_frame() cannot tell, with an
-    # unusual function or cut short (never a read). Only as a whole it may be one: part
-    # of another unit's long frame can have a good CRC by chance.
+    # A request to us with an unusual function, or a write cut short, has no known size:
+    # it is taken (and refused) if all the bytes left have a good CRC. Parts of them are
+    # not tried: part of another unit's long frame can have a good CRC by chance.
     is_ours = len(left) >= 4 and left[0] == unit_id and 0 < left[1] < 0x80
-    if is_ours and left[1] != READ and FramerRTU.compute_CRC(left) == 0:
+    if is_ours and left[1] != READ and FramerRTU.compute_CRC(left) == 0:  # reads: above
         return [*frames, (left, False)], b""
     return frames, left[-MAX_FRAME:]
 
@@ -367,9 +367,9 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
             if function < 0x80:  # exceptions prove nothing: 5 bytes may be chance
                 self.piece_fits, self.misfits = True, []
                 self.good_frames += 1
-        self.proven = self.proven or self.good_frames > 1
-        # pymodbus answers later, and only what the latest call returned. So each call
-        # repeats the open request, and buildFrame() drops all answers but the first.
+        self.proven = self.proven or self.good_frames > 1  # or by take_request()
+        # pymodbus answers in a later task, and only the request returned last. So each
+        # call returns it until buildFrame() has built its answer; later ones get b"".
         return len(data), self.unanswered
 
     def take_request(self, request):
@@ -393,8 +393,8 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         return super().buildFrame(answer)
 
     def end_piece(self):
-        """End a piece after a TICK without a byte; forget misfits of a minute ago."""
-        self.quiet_ticks += 1
+        """Each TICK: end a piece where no byte came; forget misfits of a minute ago."""
+        self.quiet_ticks += 1  # 1 = since a byte came, 2 = a whole TICK without any
         is_full = len(self.left) == MAX_FRAME and not self.proven  # noise without gaps
         if self.quiet_ticks > 1 or is_full:
             if self.left and not self.piece_fits:
@@ -448,13 +448,13 @@ def look_after(broker, line):
 
 
 def run_server(broker, line):
-    """Run one server until attend() ends it; set line.fault, "" = the adapter works."""
+    """Run a server until attend() ends it and sets line.fault, "" = no fault."""
 
     async def attend():  # the only place that ends the server: a second end would raise
         while line.is_open and not line.is_wrong() and not orders:
             look_after(broker, line)
             await asyncio.sleep(TICK)
-        line.fault = "" if line.is_open else "is not there"
+        line.fault = "" if line.is_open else "is not there"  # as it was lost
         await ServerAsyncStop()
 
     def on_adapter(is_open):  # called when the server has opened or lost it
@@ -471,7 +471,7 @@ def run_server(broker, line):
     try:
         serial.Serial(exclusive=True, **port).close()  # raises what pymodbus hides
         StartSerialServer(line.meter, trace_connect=on_adapter, **port)
-    except (OSError, RuntimeError, termios.error) as error:
+    except (OSError, RuntimeError, termios.error) as error:  # it could not be opened
         line.fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
 
 
@@ -503,7 +503,7 @@ def main():
     lines, layout = queue.Queue(1000), "%(asctime)s %(levelname)s %(message)s"
     QueueListener(lines, logging.StreamHandler(sys.stdout)).start()
     logging.basicConfig(level=log_level, handlers=[QueueHandler(lines)], format=layout)
-    logging.raiseExceptions = False  # else each of these prints a traceback
+    logging.raiseExceptions = False  # else each dropped line prints a traceback
     logging.getLogger("pymodbus.logging").disabled = log_level != "DEBUG"
     log.info("powermeter.py starts")
     broker = Broker(Meter())
