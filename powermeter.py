@@ -225,14 +225,14 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        if not message.retain or watts not in self.heard:  # so it is new
+        if not message.retain or watts not in self.heard:
             self.heard.append(watts)
             self.meter.update(watts)
             log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
             return
-        # A retained value comes again at each login. The last one heard keeps its age.
-        # An earlier one was left over on the broker, or was sent anew while the line to
-        # it was down: as nobody knows which, 0 W are served.
+        # Retained and heard before: the broker repeats it at each login. The last value
+        # heard just keeps its age. An earlier one is old, or was sent again while this
+        # script was offline: nobody knows which, so 0 W are served.
         if watts != self.heard[-1]:
             self.meter.update(0.0)
         log.info("rest power %g W again: serving %g W", watts, self.meter.served)
@@ -277,9 +277,9 @@ class Broker(Client):
 
 
 # -------- Modbus: frames, by the Modbus Application Protocol V1.1b3, chapter 6 --------
-def first_frame(data):
+def first_frame(data, is_all_left):
     """Return (frame, is an answer) of the good frame that data begins with, or None."""
-    function, third = data[1], data[2]
+    unit, function, third = data[:3]
     request, answer = 0, 0  # sizes if data is a request, an answer; 0 = it is none
     if function in (1, 2, 3, 4):
         request, answer = 8, (5 + third if third else 0)  # third: number of data bytes
@@ -293,27 +293,24 @@ def first_frame(data):
     for size, is_answer in sorted([(request, False), (answer, True)]):
         if 0 < size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
+    # All that is left may be a request to us to be refused: another function, or a write
+    # cut short. Parts are not tried: in a long frame, one may have a good CRC by chance.
+    is_ours = unit == unit_id and 0 < function < 0x80 and function != READ
+    if is_all_left and is_ours and FramerRTU.compute_CRC(data) == 0:
+        return data, False
     return None
 
 
 def find_frames(data):
     """Return all good frames in data as (frame, is an answer), and the bytes left."""
-    frames, start, left = [], 0, data
+    frames, start, end = [], 0, 0  # end: of the last frame that was found
     while start <= len(data) - 4:
-        found = first_frame(data[start:])
+        found = first_frame(data[start:], start == end)
         if found:
             frames.append(found)
-            start += len(found[0])
-            left = data[start:]
-        else:
-            start += 1  # noise may come before a frame
-    # A request to us with an unusual function, or a write cut short, has no known size:
-    # it is taken (and refused) if all the bytes left have a good CRC. Parts of them are
-    # not tried: part of another unit's long frame can have a good CRC by chance.
-    is_ours = len(left) >= 4 and left[0] == unit_id and 0 < left[1] < 0x80
-    if is_ours and left[1] != READ and FramerRTU.compute_CRC(left) == 0:  # reads: above
-        return [*frames, (left, False)], b""
-    return frames, left[-MAX_FRAME:]
+            end = start + len(found[0])
+        start = end if found else start + 1  # noise may come before a frame
+    return frames, data[end:][-MAX_FRAME:]
 
 
 class Refusal(ExceptionResponse):
@@ -336,7 +333,7 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         self.own = SerialSettings(baudrate, parity, stopbits)  # the user's
         self.settings = self.own  # serve() tries others where they are wrong
         self.proven = False  # whether they are right for sure
-        self.is_open, self.fault = False, ""  # of the adapter, see run_server()
+        self.is_open, self.fault = False, ""  # of the adapter; fault "" = none
         self.heard = False  # whether any byte ever came
         self.last_read = -READ_TIMEOUT  # s; below 0 = never
         self.quiet_since = now()  # s; "has not read for 60 s" is counted from here
@@ -346,14 +343,18 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
 
     def begin(self):
         """Begin to listen with the settings."""
-        self.left, self.quiet_ticks = b"", 0  # bytes of no frame yet; TICKs without any
+        self.left, self.ticks_since_byte = b"", 0  # left: bytes of no frame yet
         self.piece_fits = True  # the first may be the end of a frame: no misfit
         self.good_frames, self.misfits = 0, []  # misfits: times in s
         self.unanswered = None  # the request that buildFrame() has to answer
 
     def handleFrame(self, data, _unit_id, _transaction_id):
-        """Take the bytes that came; return their number, and the request to answer."""
-        self.quiet_ticks, self.heard = 0, True
+        """Take the bytes that came; return their number, and the request to answer.
+
+        pymodbus calls this whenever bytes come, and later answers what the last call
+        returned. So each call returns the request again, until buildFrame() answers it.
+        """
+        self.ticks_since_byte, self.heard = 0, True
         frames, self.left = find_frames(self.left + data)
         for frame, is_answer in frames:
             unit, function = frame[0], frame[1]
@@ -362,14 +363,12 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
                 self.answering.add(unit)
             elif unit == unit_id:
                 self.unanswered = self.take_request(frame[1:-2])
-            elif function in (3, 4):  # a read of registers, as of a meter
+            elif function in (3, 4) and unit > 0:  # a read as of a meter, no broadcast
                 self.asked.add(unit)
             if function < 0x80:  # exceptions prove nothing: 5 bytes may be chance
                 self.piece_fits, self.misfits = True, []
                 self.good_frames += 1
         self.proven = self.proven or self.good_frames > 1  # or by take_request()
-        # pymodbus answers in a later task, and only the request returned last. So each
-        # call returns it until buildFrame() has built its answer; later ones get b"".
         return len(data), self.unanswered
 
     def take_request(self, request):
@@ -386,24 +385,25 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         return pdu
 
     def buildFrame(self, answer):
-        """Return an answer's bytes, but b"" where the request is answered already."""
+        """Return an answer's bytes; b"" for one more answer to the same request."""
         if not self.unanswered:
             return b""
         self.unanswered = None
         return super().buildFrame(answer)
 
     def end_piece(self):
-        """Each TICK: end a piece where no byte came; forget misfits of a minute ago."""
-        self.quiet_ticks += 1  # 1 = since a byte came, 2 = a whole TICK without any
-        is_full = len(self.left) == MAX_FRAME and not self.proven  # noise without gaps
-        if self.quiet_ticks > 1 or is_full:
+        """End a piece at a gap, or noise that has none; for look_after(), each TICK."""
+        self.ticks_since_byte += 1  # so 2 are a whole TICK without a byte
+        # Noise without gaps fills the buffer; where requests are known to come, it stays.
+        is_full = len(self.left) == MAX_FRAME and not self.proven
+        if self.ticks_since_byte > 1 or is_full:
             if self.left and not self.piece_fits:
-                self.misfits.append(now())
-            self.left, self.piece_fits = b"", False  # a new one, without a frame yet
-        self.misfits = [time for time in self.misfits if now() - time < 3 * PATIENCE]
+                recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
+                self.misfits = [*recent, now()]
+            self.left, self.piece_fits = b"", False  # the next piece has no frame yet
 
     def is_wrong(self):
-        """Return whether settings are wrong: the user's after misfits for PATIENCE."""
+        """Return whether settings are wrong: own after PATIENCE, others at a misfit."""
         if self.proven or not self.misfits:
             return False
         patience = PATIENCE if self.settings == self.own else 0  # s; 0: one is enough
@@ -411,7 +411,7 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
 
     def diagnosis(self):
         """Return a sentence on why the heat pump does not read."""
-        units = " or ".join(map(str, sorted(self.asked - self.answering - {0})))
+        units = " or ".join(map(str, sorted(self.asked - self.answering)))
         reasons = (  # the first that is true
             (self.last_read > 0, "it stopped asking: is it on, are all wires in?"),
             (self.refused, f"the meter refuses what it asks: {self.refused.hex(' ')}"),
@@ -448,7 +448,7 @@ def look_after(broker, line):
 
 
 def run_server(broker, line):
-    """Run a server until attend() ends it and sets line.fault, "" = no fault."""
+    """Open the adapter and run a server, which blocks until attend() ends it."""
 
     async def attend():  # the only place that ends the server: a second end would raise
         while line.is_open and not line.is_wrong() and not orders:
@@ -470,7 +470,7 @@ def run_server(broker, line):
     port = {"port": serial_port, **line.settings._asdict()}
     try:
         serial.Serial(exclusive=True, **port).close()  # raises what pymodbus hides
-        StartSerialServer(line.meter, trace_connect=on_adapter, **port)
+        StartSerialServer(line.meter, trace_connect=on_adapter, **port)  # blocks
     except (OSError, RuntimeError, termios.error) as error:  # it could not be opened
         line.fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
 
