@@ -225,14 +225,14 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        if not message.retain or watts not in self.heard:
+        # A retained value heard before may be just the broker's repetition at a login.
+        if not (message.retain and watts in self.heard):
             self.heard.append(watts)
             self.meter.update(watts)
             log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
             return
-        # Retained and heard before: the broker repeats it at each login. The last value
-        # heard just keeps its age. An earlier one is old, or was sent again while this
-        # script was offline: nobody knows which, so 0 W are served.
+        # The last one heard is nothing new and keeps its age. An earlier one is old, or
+        # was sent anew while this script was offline: nobody knows which, so 0 W.
         if watts != self.heard[-1]:
             self.meter.update(0.0)
         log.info("rest power %g W again: serving %g W", watts, self.meter.served)
@@ -277,7 +277,7 @@ class Broker(Client):
 
 
 # -------- Modbus: frames, by the Modbus Application Protocol V1.1b3, chapter 6 --------
-def first_frame(data, is_all_left):
+def first_frame(data, nothing_skipped):
     """Return (frame, is an answer) of the good frame that data begins with, or None."""
     unit, function, third = data[:3]
     request, answer = 0, 0  # sizes if data is a request, an answer; 0 = it is none
@@ -289,14 +289,14 @@ def first_frame(data, is_all_left):
         request, answer = 9 + data[6], 8  # data[6]: number of bytes to write
     elif function > 0x80 and third < 12:
         answer = 5  # an exception, third is its code
-    # The CRC decides. Zeros behind a frame keep it good, so the shorter size is first.
+    # The CRC decides. It stays 0 if zeros follow a frame, so the shorter size is first.
     for size, is_answer in sorted([(request, False), (answer, True)]):
         if 0 < size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
-    # All that is left may be a request to us to be refused: another function, or a write
-    # cut short. Parts are not tried: in a long frame, one may have a good CRC by chance.
+    # Else it may be a request to refuse, of unknown size (another function, a write cut
+    # short): all bytes since the last frame or none, as a part may be good by chance.
     is_ours = unit == unit_id and 0 < function < 0x80 and function != READ
-    if is_all_left and is_ours and FramerRTU.compute_CRC(data) == 0:
+    if nothing_skipped and is_ours and FramerRTU.compute_CRC(data) == 0:
         return data, False
     return None
 
@@ -330,7 +330,7 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         super().__init__(DecodePDU(is_server=True))
         self.MAX_SIZE = 4096  # pymodbus drops more than 264 bytes, the newest too
         self.meter = meter
-        self.own = SerialSettings(baudrate, parity, stopbits)  # the user's
+        self.own = SerialSettings(baudrate, parity, stopbits)  # of the settings block
         self.settings = self.own  # serve() tries others where they are wrong
         self.proven = False  # whether they are right for sure
         self.is_open, self.fault = False, ""  # of the adapter; fault "" = none
@@ -344,15 +344,15 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
     def begin(self):
         """Begin to listen with the settings."""
         self.left, self.ticks_since_byte = b"", 0  # left: bytes of no frame yet
-        self.piece_fits = True  # the first may be the end of a frame: no misfit
+        self.piece_fits = True  # the first piece may be the end of a frame: no misfit
         self.good_frames, self.misfits = 0, []  # misfits: times in s
         self.unanswered = None  # the request that buildFrame() has to answer
 
     def handleFrame(self, data, _unit_id, _transaction_id):
         """Take the bytes that came; return their number, and the request to answer.
 
-        pymodbus calls this whenever bytes come, and later answers what the last call
-        returned. So each call returns the request again, until buildFrame() answers it.
+        pymodbus may call this again before it answers, and answers what the last call
+        returned. So each call returns the open request; buildFrame() answers it once.
         """
         self.ticks_since_byte, self.heard = 0, True
         frames, self.left = find_frames(self.left + data)
@@ -392,9 +392,9 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         return super().buildFrame(answer)
 
     def end_piece(self):
-        """End a piece at a gap, or noise that has none; for look_after(), each TICK."""
+        """End the piece at a gap, or when gapless noise fills the buffer; each TICK."""
         self.ticks_since_byte += 1  # so 2 are a whole TICK without a byte
-        # Noise without gaps fills the buffer; where requests are known to come, it stays.
+        # Once proven, a full buffer stays: ending the piece could cut a request in two.
         is_full = len(self.left) == MAX_FRAME and not self.proven
         if self.ticks_since_byte > 1 or is_full:
             if self.left and not self.piece_fits:
@@ -450,11 +450,11 @@ def look_after(broker, line):
 def run_server(broker, line):
     """Open the adapter and run a server, which blocks until attend() ends it."""
 
-    async def attend():  # the only place that ends the server: a second end would raise
+    async def attend():  # the only caller of ServerAsyncStop(): a second would raise
         while line.is_open and not line.is_wrong() and not orders:
             look_after(broker, line)
             await asyncio.sleep(TICK)
-        line.fault = "" if line.is_open else "is not there"  # as it was lost
+        line.fault = "" if line.is_open else "is not there"  # closed: adapter lost
         await ServerAsyncStop()
 
     def on_adapter(is_open):  # called when the server has opened or lost it
