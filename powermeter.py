@@ -225,17 +225,17 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        # A retained value heard before may be just the broker's repetition at a login.
-        if not (message.retain and watts in self.heard):
-            self.heard.append(watts)
-            self.meter.update(watts)
-            log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
+        # The broker sends its retained value at each login: a known one is no news.
+        if message.retain and watts in self.heard:
+            # The last one heard keeps its age. An earlier one is old, or was sent anew
+            # while this script was offline: nobody knows which, so 0 W.
+            if watts != self.heard[-1]:
+                self.meter.update(0.0)
+            log.info("rest power %g W again: serving %g W", watts, self.meter.served)
             return
-        # The last one heard is nothing new and keeps its age. An earlier one is old, or
-        # was sent anew while this script was offline: nobody knows which, so 0 W.
-        if watts != self.heard[-1]:
-            self.meter.update(0.0)
-        log.info("rest power %g W again: serving %g W", watts, self.meter.served)
+        self.heard.append(watts)
+        self.meter.update(watts)
+        log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
 
     def on_pre_connect(self, _client, _userdata):
         """Prepare for a broker that does not answer, but closes the connection."""
@@ -289,12 +289,12 @@ def first_frame(data, nothing_skipped):
         request, answer = 9 + data[6], 8  # data[6]: number of bytes to write
     elif function > 0x80 and third < 12:
         answer = 5  # an exception, third is its code
-    # The CRC decides. It stays 0 if zeros follow a frame, so the shorter size is first.
+    # A frame with its CRC gives 0, also if zeros follow: hence the shorter size first.
     for size, is_answer in sorted([(request, False), (answer, True)]):
         if 0 < size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
-    # Else it may be a request to refuse, of unknown size (another function, a write cut
-    # short): all bytes since the last frame or none, as a part may be good by chance.
+    # Else it may be a request to refuse, of unknown size: no READ, but a WRITE cut short
+    # or others. It has to be all bytes since the last frame: a part may fit by chance.
     is_ours = unit == unit_id and 0 < function < 0x80 and function != READ
     if nothing_skipped and is_ours and FramerRTU.compute_CRC(data) == 0:
         return data, False
@@ -343,18 +343,18 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
 
     def begin(self):
         """Begin to listen with the settings."""
-        self.left, self.ticks_since_byte = b"", 0  # left: bytes of no frame yet
+        self.left, self.byte_came = b"", True  # left: bytes of no frame yet
         self.piece_fits = True  # the first piece may be the end of a frame: no misfit
         self.good_frames, self.misfits = 0, []  # misfits: times in s
         self.unanswered = None  # the request that buildFrame() has to answer
 
     def handleFrame(self, data, _unit_id, _transaction_id):
-        """Take the bytes that came; return their number, and the request to answer.
+        """Take the bytes that came; return their number, and a request to answer.
 
-        pymodbus may call this again before it answers, and answers what the last call
-        returned. So each call returns the open request; buildFrame() answers it once.
+        pymodbus answers only later, and then what the latest call returned: None would
+        lose an open request. So each call returns it, and buildFrame() answers it once.
         """
-        self.ticks_since_byte, self.heard = 0, True
+        self.byte_came, self.heard = True, True
         frames, self.left = find_frames(self.left + data)
         for frame, is_answer in frames:
             unit, function = frame[0], frame[1]
@@ -392,15 +392,15 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         return super().buildFrame(answer)
 
     def end_piece(self):
-        """End the piece at a gap, or when gapless noise fills the buffer; each TICK."""
-        self.ticks_since_byte += 1  # so 2 are a whole TICK without a byte
-        # Once proven, a full buffer stays: ending the piece could cut a request in two.
-        is_full = len(self.left) == MAX_FRAME and not self.proven
-        if self.ticks_since_byte > 1 or is_full:
-            if self.left and not self.piece_fits:
-                recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
-                self.misfits = [*recent, now()]
-            self.left, self.piece_fits = b"", False  # the next piece has no frame yet
+        """End the piece that came, if it is over; look_after() calls this each TICK."""
+        is_endless = len(self.left) == MAX_FRAME and not self.proven  # gapless noise
+        if self.byte_came and not is_endless:
+            self.byte_came = False  # if it still is at the next call, there was a gap
+            return
+        if self.left and not self.piece_fits:  # bytes, but no good frame: a misfit
+            recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
+            self.misfits = [*recent, now()]  # older ones were rare noise
+        self.left, self.piece_fits = b"", False  # the next piece has no frame yet
 
     def is_wrong(self):
         """Return whether settings are wrong: own after PATIENCE, others at a misfit."""
