@@ -225,12 +225,11 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        # The broker sends its retained value at each login: a known one is no news.
+        # At each login the broker sends its retained value again: it may be an old one.
         if message.retain and watts in self.heard:
-            # The last one heard keeps its age. An earlier one is old, or was sent anew
-            # while this script was offline: nobody knows which, so 0 W.
-            if watts != self.heard[-1]:
-                self.meter.update(0.0)
+            is_last = watts == self.heard[-1]  # not written again: its age goes on
+            if not is_last:  # a leftover, or sent anew while this script was offline?
+                self.meter.update(0.0)  # nobody knows, so no surplus
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
             return
         self.heard.append(watts)
@@ -289,12 +288,13 @@ def first_frame(data, nothing_skipped):
         request, answer = 9 + data[6], 8  # data[6]: number of bytes to write
     elif function > 0x80 and third < 12:
         answer = 5  # an exception, third is its code
-    # A frame with its CRC gives 0, also if zeros follow: hence the shorter size first.
+    # The CRC over a frame with its CRC is 0, even with zeros behind: so shorter first.
     for size, is_answer in sorted([(request, False), (answer, True)]):
         if 0 < size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
-    # Else it may be a request to refuse, of unknown size: no READ, but a WRITE cut short
-    # or others. It has to be all bytes since the last frame: a part may fit by chance.
+    # Otherwise data may be a request to us that refusal() refuses: another function, or
+    # a WRITE cut short. Such a request has no known size. Only all bytes since the last
+    # frame are tried, as some part of them may have a good CRC by chance.
     is_ours = unit == unit_id and 0 < function < 0x80 and function != READ
     if nothing_skipped and is_ours and FramerRTU.compute_CRC(data) == 0:
         return data, False
@@ -343,27 +343,27 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
 
     def begin(self):
         """Begin to listen with the settings."""
-        self.left, self.byte_came = b"", True  # left: bytes of no frame yet
-        self.piece_fits = True  # the first piece may be the end of a frame: no misfit
+        self.left = b""  # the bytes that belong to no frame yet
+        self.byte_came = self.piece_fits = True  # as amid a frame, whose end will fit
         self.good_frames, self.misfits = 0, []  # misfits: times in s
-        self.unanswered = None  # the request that buildFrame() has to answer
+        self.unanswered = None  # the open request, which buildFrame() has to answer
 
     def handleFrame(self, data, _unit_id, _transaction_id):
-        """Take the bytes that came; return their number, and a request to answer.
+        """Take the bytes that came; return their number, and the open request or None.
 
-        pymodbus answers only later, and then what the latest call returned: None would
-        lose an open request. So each call returns it, and buildFrame() answers it once.
+        pymodbus answers in a later task, and only what the latest call returned. So
+        each call returns the open request; buildFrame() drops all answers but one.
         """
         self.byte_came, self.heard = True, True
         frames, self.left = find_frames(self.left + data)
         for frame, is_answer in frames:
             unit, function = frame[0], frame[1]
-            self.unanswered = None  # for an older one it is too late
+            self.unanswered = None  # for an open request it is too late now
             if is_answer:
                 self.answering.add(unit)
             elif unit == unit_id:
                 self.unanswered = self.take_request(frame[1:-2])
-            elif function in (3, 4) and unit > 0:  # a read as of a meter, no broadcast
+            elif function in (3, 4) and unit > 0:  # a read as for a meter, no broadcast
                 self.asked.add(unit)
             if function < 0x80:  # exceptions prove nothing: 5 bytes may be chance
                 self.piece_fits, self.misfits = True, []
@@ -392,10 +392,10 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         return super().buildFrame(answer)
 
     def end_piece(self):
-        """End the piece that came, if it is over; look_after() calls this each TICK."""
-        is_endless = len(self.left) == MAX_FRAME and not self.proven  # gapless noise
+        """End the piece if no byte came since the last call; called once each TICK."""
+        is_endless = len(self.left) == MAX_FRAME and not self.proven  # noise, no gaps
         if self.byte_came and not is_endless:
-            self.byte_came = False  # if it still is at the next call, there was a gap
+            self.byte_came = False  # handleFrame() sets it again at the next byte
             return
         if self.left and not self.piece_fits:  # bytes, but no good frame: a misfit
             recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
