@@ -156,7 +156,7 @@ def refusal(request):
     if function not in (READ, WRITE):
         return ExcCodes.ILLEGAL_FUNCTION
     if function == READ:
-        wire_address, count = struct.unpack(">HH", request[1:])  # reads are 5 bytes
+        wire_address, count = struct.unpack(">HH", request[1:])  # reads come whole
         fits = 1 <= count <= MAX_COUNT and wire_address + count <= REGISTERS
         return None if fits else ExcCodes.ILLEGAL_ADDRESS
     if len(request) < 6:  # cut short before its values begin
@@ -177,7 +177,7 @@ class Meter(SimDevice):
         # Each server calls build_device(): cached, it gives all of them the same list.
         self.build_device = cache(self.build_device)
         _first_address, self.registers, _types = self.build_device()
-        self.lock = threading.Lock()  # the main thread writes too, 0 W at an old age
+        self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
         self.baudrate = baudrate  # in use, bit/s; run_server() sets it
         self.too_old = False  # whether 0 W are served, as the rest power is too old
         self.update(0.0)
@@ -225,11 +225,11 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        # At each login the broker sends its retained value again: it may be an old one.
+        # A retained value comes again at each login. The last one heard keeps its age.
+        # An earlier one may be a leftover, or sent anew while this was offline: 0 W.
         if message.retain and watts in self.heard:
-            is_last = watts == self.heard[-1]  # not written again: its age goes on
-            if not is_last:  # a leftover, or sent anew while this script was offline?
-                self.meter.update(0.0)  # nobody knows, so no surplus
+            if watts != self.heard[-1]:
+                self.meter.update(0.0)
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
             return
         self.heard.append(watts)
@@ -243,7 +243,7 @@ class Broker(Client):
     def on_connect(self, _client, _userdata, _flags, reason, _properties):
         """Subscribe, anew at each login; or say that the broker refuses it."""
         if reason.is_failure:
-            self.if_closed = ""  # said already
+            self.if_closed = ""  # said here
             what = f"the login, check mqtt_username and mqtt_password: {reason}"
             say(self, log.error, f"{self.name} refuses {what}")
         else:
@@ -288,13 +288,13 @@ def first_frame(data, nothing_skipped):
         request, answer = 9 + data[6], 8  # data[6]: number of bytes to write
     elif function > 0x80 and third < 12:
         answer = 5  # an exception, third is its code
-    # The CRC over a frame with its CRC is 0, even with zeros behind: so shorter first.
+    # CRC over a frame with its CRC = 0, and zeros behind keep it 0: so shorter first.
     for size, is_answer in sorted([(request, False), (answer, True)]):
         if 0 < size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
-    # Otherwise data may be a request to us that refusal() refuses: another function, or
-    # a WRITE cut short. Such a request has no known size. Only all bytes since the last
-    # frame are tried, as some part of them may have a good CRC by chance.
+    # Else it may be a request to us for refusal(): another function, or a WRITE cut
+    # short. Its size is unknown, and a part may have a good CRC by chance: so only all
+    # bytes since the last frame are tried, as one (nothing_skipped: data is all these).
     is_ours = unit == unit_id and 0 < function < 0x80 and function != READ
     if nothing_skipped and is_ours and FramerRTU.compute_CRC(data) == 0:
         return data, False
@@ -344,15 +344,15 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
     def begin(self):
         """Begin to listen with the settings."""
         self.left = b""  # the bytes that belong to no frame yet
-        self.byte_came = self.piece_fits = True  # as amid a frame, whose end will fit
+        self.byte_came = self.piece_fits = True  # a frame cut by the start is no misfit
         self.good_frames, self.misfits = 0, []  # misfits: times in s
         self.unanswered = None  # the open request, which buildFrame() has to answer
 
     def handleFrame(self, data, _unit_id, _transaction_id):
         """Take the bytes that came; return their number, and the open request or None.
 
-        pymodbus answers in a later task, and only what the latest call returned. So
-        each call returns the open request; buildFrame() drops all answers but one.
+        Each call starts a task in pymodbus, and each task answers what the latest call
+        returned. So all calls return the open request; buildFrame() sends one answer.
         """
         self.byte_came, self.heard = True, True
         frames, self.left = find_frames(self.left + data)
@@ -372,7 +372,7 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         return len(data), self.unanswered
 
     def take_request(self, request):
-        """Return a request to us (bytes from the function code on) for pymodbus."""
+        """Return the PDU of a request to us (bytes from the function code on)."""
         self.proven = True
         self.meter.update()  # before each answer, so that no value too old goes out
         code = refusal(request)
@@ -392,9 +392,9 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         return super().buildFrame(answer)
 
     def end_piece(self):
-        """End the piece if no byte came since the last call; called once each TICK."""
-        is_endless = len(self.left) == MAX_FRAME and not self.proven  # noise, no gaps
-        if self.byte_came and not is_endless:
+        """Each TICK: end the piece if no byte came since the last, or left is full."""
+        is_full = len(self.left) == MAX_FRAME and not self.proven  # noise without gaps
+        if self.byte_came and not is_full:  # so the piece goes on
             self.byte_came = False  # handleFrame() sets it again at the next byte
             return
         if self.left and not self.piece_fits:  # bytes, but no good frame: a misfit
@@ -497,7 +497,7 @@ def serve(broker, line):
 def main():
     """Carry the value from the broker to the line, until Ctrl-C or SIGTERM."""
     check_settings()
-    for number in (signal.SIGINT, signal.SIGTERM):  # raising here could get lost
+    for number in (signal.SIGINT, signal.SIGTERM):  # an exception could get lost
         signal.signal(number, lambda *_: orders.append("stop"))
     # Ctrl-S in the terminal stops only the listener's thread; a full queue drops lines.
     lines, layout = queue.Queue(1000), "%(asctime)s %(levelname)s %(message)s"
