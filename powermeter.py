@@ -126,8 +126,7 @@ def check_settings():
 # ------------------- The meter: Saia-Burgess ALE3, datasheet 26-527 -------------------
 VOLTAGE = 230  # V
 MAX_WATTS = 327670  # W: the total is a signed 16-bit number of 10 W
-REGISTERS = 52
-MAX_COUNT = 20  # registers in one read
+REGISTERS, MAX_COUNT = 52, 20  # of the meter, and at most in one read
 READ, WRITE = 3, 16  # its function codes: Read Holding and Write Multiple Registers
 
 
@@ -174,8 +173,7 @@ class Meter(SimDevice):
 
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
-        # Each server calls build_device(): cached, it gives all of them the same list.
-        self.build_device = cache(self.build_device)
+        self.build_device = cache(self.build_device)  # each server gets the same list
         _first_address, self.registers, _types = self.build_device()
         self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
         self.baudrate = baudrate  # in use, bit/s; run_server() sets it
@@ -201,8 +199,7 @@ class Broker(Client):
     """The connection to the MQTT broker; paho's thread calls the methods on_..."""
 
     def __init__(self, meter):
-        # The same client id at each login: with it, the broker ends a dead session.
-        client_id = f"powermeter-{os.urandom(4).hex()}"
+        client_id = f"powermeter-{os.urandom(4).hex()}"  # kept: ends a dead session
         super().__init__(CallbackAPIVersion.VERSION2, client_id)
         self.meter = meter
         self.name = f"the MQTT broker {mqtt_server}:{mqtt_port}"
@@ -225,8 +222,9 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        # A retained value comes again at each login. The last one heard keeps its age.
-        # An earlier one may be a leftover, or sent anew while this was offline: 0 W.
+        # At each login the broker repeats its retained value. Is it one never heard, it
+        # is new. Is it the last one heard, that keeps its age. Is it an earlier one, it
+        # is old or was sent anew: nobody knows which, so 0 W are served.
         if message.retain and watts in self.heard:
             if watts != self.heard[-1]:
                 self.meter.update(0.0)
@@ -288,13 +286,13 @@ def first_frame(data, nothing_skipped):
         request, answer = 9 + data[6], 8  # data[6]: number of bytes to write
     elif function > 0x80 and third < 12:
         answer = 5  # an exception, third is its code
-    # CRC over a frame with its CRC = 0, and zeros behind keep it 0: so shorter first.
+    # Over a frame and its CRC bytes the CRC is 0, also if zeros follow: shorter first.
     for size, is_answer in sorted([(request, False), (answer, True)]):
         if 0 < size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
-    # Else it may be a request to us for refusal(): another function, or a WRITE cut
-    # short. Its size is unknown, and a part may have a good CRC by chance: so only all
-    # bytes since the last frame are tried, as one (nothing_skipped: data is all these).
+    # Else maybe a request to us that refusal() has to refuse: another function, or a
+    # WRITE cut short. Its size is unknown, and a part may have a good CRC by chance:
+    # so it counts only if it is all bytes since the last frame (nothing_skipped).
     is_ours = unit == unit_id and 0 < function < 0x80 and function != READ
     if nothing_skipped and is_ours and FramerRTU.compute_CRC(data) == 0:
         return data, False
@@ -344,15 +342,17 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
     def begin(self):
         """Begin to listen with the settings."""
         self.left = b""  # the bytes that belong to no frame yet
-        self.byte_came = self.piece_fits = True  # a frame cut by the start is no misfit
+        self.byte_came = True  # in this TICK; as if one came, so that no piece ends yet
+        self.piece_fits = True  # has a frame, or began amid one, as the first one may
         self.good_frames, self.misfits = 0, []  # misfits: times in s
         self.unanswered = None  # the open request, which buildFrame() has to answer
 
     def handleFrame(self, data, _unit_id, _transaction_id):
         """Take the bytes that came; return their number, and the open request or None.
 
-        Each call starts a task in pymodbus, and each task answers what the latest call
-        returned. So all calls return the open request; buildFrame() sends one answer.
+        pymodbus starts a task per call, and each answers what the latest call returned.
+        So a call without a new frame returns the open request again: None would lose
+        it. buildFrame() gives one answer, and b"" to the other tasks.
         """
         self.byte_came, self.heard = True, True
         frames, self.left = find_frames(self.left + data)
@@ -392,14 +392,14 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         return super().buildFrame(answer)
 
     def end_piece(self):
-        """Each TICK: end the piece if no byte came since the last, or left is full."""
-        is_full = len(self.left) == MAX_FRAME and not self.proven  # noise without gaps
-        if self.byte_came and not is_full:  # so the piece goes on
-            self.byte_came = False  # handleFrame() sets it again at the next byte
+        """Each TICK: end the piece at a gap, or where noise without gaps fills left."""
+        is_full = len(self.left) == MAX_FRAME and not self.proven  # find_frames() cap
+        if self.byte_came and not is_full:  # no gap yet: the piece goes on
+            self.byte_came = False  # if still False at the next call, the piece ends
             return
         if self.left and not self.piece_fits:  # bytes, but no good frame: a misfit
             recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
-            self.misfits = [*recent, now()]  # older ones were rare noise
+            self.misfits = [*recent, now()]  # without old ones: is_wrong() takes [0]
         self.left, self.piece_fits = b"", False  # the next piece has no frame yet
 
     def is_wrong(self):
