@@ -222,9 +222,9 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        # At each login the broker repeats its retained value. Is it one never heard, it
-        # is new. Is it the last one heard, that keeps its age. Is it an earlier one, it
-        # is old or was sent anew: nobody knows which, so 0 W are served.
+        # At each login the broker repeats its retained value. If it was never heard
+        # before, it is new. If it is the last one heard, nothing changes, its age runs
+        # on. If it was heard earlier, nobody knows if it is old or sent anew: 0 W.
         if message.retain and watts in self.heard:
             if watts != self.heard[-1]:
                 self.meter.update(0.0)
@@ -286,8 +286,8 @@ def first_frame(data, nothing_skipped):
         request, answer = 9 + data[6], 8  # data[6]: number of bytes to write
     elif function > 0x80 and third < 12:
         answer = 5  # an exception, third is its code
-    # Over a frame and its CRC bytes the CRC is 0, also if zeros follow: shorter first.
-    for size, is_answer in sorted([(request, False), (answer, True)]):
+    # The CRC over a whole frame is 0, and stays 0 over zeros after it: shorter first.
+    for size, is_answer in sorted([(request, False), (answer, True)]):  # tie: request
         if 0 < size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
     # Else maybe a request to us that refusal() has to refuse: another function, or a
@@ -342,17 +342,17 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
     def begin(self):
         """Begin to listen with the settings."""
         self.left = b""  # the bytes that belong to no frame yet
-        self.byte_came = True  # in this TICK; as if one came, so that no piece ends yet
-        self.piece_fits = True  # has a frame, or began amid one, as the first one may
+        self.byte_came = True  # since the last end_piece(); True: do not end one yet
+        self.piece_fits = True  # has a good frame; True at first: it may begin amid one
         self.good_frames, self.misfits = 0, []  # misfits: times in s
         self.unanswered = None  # the open request, which buildFrame() has to answer
 
     def handleFrame(self, data, _unit_id, _transaction_id):
         """Take the bytes that came; return their number, and the open request or None.
 
-        pymodbus starts a task per call, and each answers what the latest call returned.
-        So a call without a new frame returns the open request again: None would lose
-        it. buildFrame() gives one answer, and b"" to the other tasks.
+        Each call starts a pymodbus task, which later answers whatever the latest call
+        returned. So without a new frame the open request is returned again, or it would
+        be lost. Then several tasks answer it: buildFrame() sends the first answer only.
         """
         self.byte_came, self.heard = True, True
         frames, self.left = find_frames(self.left + data)
@@ -392,14 +392,14 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         return super().buildFrame(answer)
 
     def end_piece(self):
-        """Each TICK: end the piece at a gap, or where noise without gaps fills left."""
-        is_full = len(self.left) == MAX_FRAME and not self.proven  # find_frames() cap
-        if self.byte_came and not is_full:  # no gap yet: the piece goes on
-            self.byte_came = False  # if still False at the next call, the piece ends
+        """Each TICK: end the piece if no byte came, or noise has filled self.left."""
+        came, self.byte_came = self.byte_came, False
+        is_full = len(self.left) == MAX_FRAME and not self.proven  # noise without gaps
+        if came and not is_full:  # the piece goes on
             return
         if self.left and not self.piece_fits:  # bytes, but no good frame: a misfit
             recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
-            self.misfits = [*recent, now()]  # without old ones: is_wrong() takes [0]
+            self.misfits = [*recent, now()]  # is_wrong() compares the first and last
         self.left, self.piece_fits = b"", False  # the next piece has no frame yet
 
     def is_wrong(self):
