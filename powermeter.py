@@ -173,8 +173,8 @@ class Meter(SimDevice):
 
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
-        self.build_device = cache(self.build_device)  # each server gets the same list
-        _first_address, self.registers, _types = self.build_device()
+        self.build_device = cache(self.build_device)  # pymodbus calls it per server
+        _address, self.registers, _types = self.build_device()  # always this list
         self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
         self.baudrate = baudrate  # in use, bit/s; run_server() sets it
         self.too_old = False  # whether 0 W are served, as the rest power is too old
@@ -222,9 +222,9 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        # At each login the broker repeats its retained value. If it was never heard
-        # before, it is new. If it is the last one heard, nothing changes, its age runs
-        # on. If it was heard earlier, nobody knows if it is old or sent anew: 0 W.
+        # The broker repeats its retained value at each login, however old. One never
+        # heard is taken as new. The last one heard: nothing changes, its age runs on.
+        # One heard before the last: an old message or sent anew? Unknown, so 0 W.
         if message.retain and watts in self.heard:
             if watts != self.heard[-1]:
                 self.meter.update(0.0)
@@ -286,13 +286,13 @@ def first_frame(data, nothing_skipped):
         request, answer = 9 + data[6], 8  # data[6]: number of bytes to write
     elif function > 0x80 and third < 12:
         answer = 5  # an exception, third is its code
-    # The CRC over a whole frame is 0, and stays 0 over zeros after it: shorter first.
+    # A good frame's CRC is 0, with zeros behind it too: so try the shorter size first.
     for size, is_answer in sorted([(request, False), (answer, True)]):  # tie: request
         if 0 < size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
-    # Else maybe a request to us that refusal() has to refuse: another function, or a
-    # WRITE cut short. Its size is unknown, and a part may have a good CRC by chance:
-    # so it counts only if it is all bytes since the last frame (nothing_skipped).
+    # Else maybe a request to us of unknown size that refusal() refuses: not a READ (8
+    # bytes, tried above), but another function, or a WRITE cut short. A part of data
+    # may have CRC 0 by chance: so only all bytes since the last frame are tried.
     is_ours = unit == unit_id and 0 < function < 0x80 and function != READ
     if nothing_skipped and is_ours and FramerRTU.compute_CRC(data) == 0:
         return data, False
@@ -342,17 +342,17 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
     def begin(self):
         """Begin to listen with the settings."""
         self.left = b""  # the bytes that belong to no frame yet
-        self.byte_came = True  # since the last end_piece(); True: do not end one yet
-        self.piece_fits = True  # has a good frame; True at first: it may begin amid one
+        self.byte_came = True  # since the last end_piece(); at first: wait a whole TICK
+        self.piece_fits = True  # no misfit; at first too, as it may begin amid a frame
         self.good_frames, self.misfits = 0, []  # misfits: times in s
         self.unanswered = None  # the open request, which buildFrame() has to answer
 
     def handleFrame(self, data, _unit_id, _transaction_id):
         """Take the bytes that came; return their number, and the open request or None.
 
-        Each call starts a pymodbus task, which later answers whatever the latest call
-        returned. So without a new frame the open request is returned again, or it would
-        be lost. Then several tasks answer it: buildFrame() sends the first answer only.
+        Each call starts a pymodbus task, but all of them answer the request that was
+        returned last. So a call without a new frame returns the open request again, as
+        None would lose it; and buildFrame() sends only the first of their answers.
         """
         self.byte_came, self.heard = True, True
         frames, self.left = find_frames(self.left + data)
@@ -392,18 +392,18 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         return super().buildFrame(answer)
 
     def end_piece(self):
-        """Each TICK: end the piece if no byte came, or noise has filled self.left."""
+        """Each TICK: end the piece after a silent TICK, or if noise fills self.left."""
         came, self.byte_came = self.byte_came, False
         is_full = len(self.left) == MAX_FRAME and not self.proven  # noise without gaps
-        if came and not is_full:  # the piece goes on
+        if came and not is_full:  # the piece goes on; a full one ends without a gap
             return
-        if self.left and not self.piece_fits:  # bytes, but no good frame: a misfit
+        if self.left and not self.piece_fits:  # a misfit; those long ago count no more
             recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
-            self.misfits = [*recent, now()]  # is_wrong() compares the first and last
+            self.misfits = [*recent, now()]  # is_wrong() takes the first and last
         self.left, self.piece_fits = b"", False  # the next piece has no frame yet
 
     def is_wrong(self):
-        """Return whether settings are wrong: own after PATIENCE, others at a misfit."""
+        """Return if settings are wrong: own need misfits for PATIENCE, others one."""
         if self.proven or not self.misfits:
             return False
         patience = PATIENCE if self.settings == self.own else 0  # s; 0: one is enough
