@@ -222,9 +222,9 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        # The broker repeats its retained value at each login, however old. One never
-        # heard is taken as new. The last one heard: nothing changes, its age runs on.
-        # One heard before the last: an old message or sent anew? Unknown, so 0 W.
+        # At each login the broker sends its retained value, however old. Never heard:
+        # it is new. Equal to the last heard: taken as that, so its age runs on. Equal
+        # to an earlier one: that old message, or the number sent anew? Unknown, so 0 W.
         if message.retain and watts in self.heard:
             if watts != self.heard[-1]:
                 self.meter.update(0.0)
@@ -279,20 +279,20 @@ def first_frame(data, nothing_skipped):
     unit, function, third = data[:3]
     request, answer = 0, 0  # sizes if data is a request, an answer; 0 = it is none
     if function in (1, 2, 3, 4):
-        request, answer = 8, (5 + third if third else 0)  # third: number of data bytes
+        request, answer = 8, 5 + third  # third: number of data bytes
     elif function in (5, 6):
         request, answer = 8, 8  # the very same bytes: taken as a request
     elif function == WRITE and len(data) >= 8:
         request, answer = 9 + data[6], 8  # data[6]: number of bytes to write
     elif function > 0x80 and third < 12:
         answer = 5  # an exception, third is its code
-    # A good frame's CRC is 0, with zeros behind it too: so try the shorter size first.
+    # The CRC over a frame and its CRC is 0, with zeros behind it too: so shorter first.
     for size, is_answer in sorted([(request, False), (answer, True)]):  # tie: request
         if 0 < size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
-    # Else maybe a request to us of unknown size that refusal() refuses: not a READ (8
-    # bytes, tried above), but another function, or a WRITE cut short. A part of data
-    # may have CRC 0 by chance: so only all bytes since the last frame are tried.
+    # Else all bytes since the last frame may be a request to us of unknown size, for
+    # refusal(): another function, or a WRITE cut short (a READ was tried above). Parts
+    # of data are not tried, as one of many would have CRC 0 by chance.
     is_ours = unit == unit_id and 0 < function < 0x80 and function != READ
     if nothing_skipped and is_ours and FramerRTU.compute_CRC(data) == 0:
         return data, False
@@ -350,9 +350,9 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
     def handleFrame(self, data, _unit_id, _transaction_id):
         """Take the bytes that came; return their number, and the open request or None.
 
-        Each call starts a pymodbus task, but all of them answer the request that was
-        returned last. So a call without a new frame returns the open request again, as
-        None would lose it; and buildFrame() sends only the first of their answers.
+        pymodbus keeps the returned request in one variable, and each call starts a task
+        that later answers what is in it then. Returning None before it runs would lose
+        the request: so the open one is returned again, and buildFrame() sends it once.
         """
         self.byte_came, self.heard = True, True
         frames, self.left = find_frames(self.left + data)
@@ -392,18 +392,18 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         return super().buildFrame(answer)
 
     def end_piece(self):
-        """Each TICK: end the piece after a silent TICK, or if noise fills self.left."""
+        """Called each TICK: end the piece if no byte came since the last call."""
         came, self.byte_came = self.byte_came, False
-        is_full = len(self.left) == MAX_FRAME and not self.proven  # noise without gaps
-        if came and not is_full:  # the piece goes on; a full one ends without a gap
+        is_endless = len(self.left) == MAX_FRAME and not self.proven  # noise, no gaps
+        if came and not is_endless:  # the piece goes on; endless noise is cut here
             return
-        if self.left and not self.piece_fits:  # a misfit; those long ago count no more
+        if self.left and not self.piece_fits:  # bytes came, no good frame: a misfit
             recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
-            self.misfits = [*recent, now()]  # is_wrong() takes the first and last
+            self.misfits = [*recent, now()]  # older ones are forgotten
         self.left, self.piece_fits = b"", False  # the next piece has no frame yet
 
     def is_wrong(self):
-        """Return if settings are wrong: own need misfits for PATIENCE, others one."""
+        """Return if settings are wrong: own after misfits for 20 s, others after 1."""
         if self.proven or not self.misfits:
             return False
         patience = PATIENCE if self.settings == self.own else 0  # s; 0: one is enough

@@ -916,7 +916,7 @@ def test_poll_is_answered_in_pieces_behind_another_and_before_a_stray_byte(meter
     rows += [([RESET[:cut], RESET[cut:]], RESET_DONE) for cut in range(1, 13)]
     rows += [([bytes([byte]) for byte in POLL], ANSWER)]
     rows += [([another + POLL[:cut], POLL[cut:]], ANSWER) for cut in range(1, 8)]
-    judged = 0
+    rows += [([b"\x55" * 300 + POLL[:4], POLL[4:]], ANSWER)] * 6
     for pieces, right in rows:
         gaps, heard, sent = [], b"", time.monotonic()
         for piece in pieces:
@@ -925,10 +925,8 @@ def test_poll_is_answered_in_pieces_behind_another_and_before_a_stray_byte(meter
             gaps.append(time.monotonic() - sent)
             sent = time.monotonic()
         heard += meter.line.answer()
-        if max(gaps) < 0.2:  # the computer itself can be held up for longer
-            judged += 1
-            assert heard == (other_answer if pieces[0][:8] == another else b"") + right
-    assert judged > 10
+        right = (other_answer if pieces[0][:8] == another else b"") + right
+        assert heard == right or max(gaps) > 0.2  # the computer itself was held up
     rng, lost = random.Random("stray byte"), 0
     for _ in range(200):
         meter.line.send(POLL)
@@ -1282,10 +1280,14 @@ def test_bytes_without_a_gap_do_not_hold_up_the_search(rig):
     line.find()
 
 
-def test_silence_moves_no_serial_setting(rig):
-    line = rig(**HASTE, speaks=(57600, "N")).start().line
-    line.noise(0.4)  # some pieces, the first of which may pass as the end of a frame
-    time.sleep(1)  # with nothing else heard, for a move that must not come
+def test_silence_a_good_frame_and_rare_noise_move_no_serial_setting(rig):
+    line = rig(PATIENCE=1.5, TICK=0.05, speaks=(57600, "N")).start().line
+    line.noise(0.9)
+    os.write(line.ends[0], POLL_9)  # a good frame: the noise before it does not count
+    line.noise(0.9)
+    time.sleep(4.6)  # with nothing else heard, for a move that must not come
+    line.noise(0.1)  # after so long, the noise before it does not count either
+    time.sleep(0.5)
     assert line.settings() == (19200, "E")
     while line.settings() == (19200, "E"):
         line.noise(0.2)
@@ -1321,9 +1323,8 @@ def test_frames_in_pieces_fit_and_settings_that_answer_are_not_left_any_more(rig
         rig.script.says("looked", times=rig.script.log().count("looked") + looks)
         return line.settings() == right and line.hear(0) == b""
 
-    looks = 0
-    while not fits(b"" if looks % 2 else b"noise", 1):
-        looks += 1
+    while not (fits(b"noise", 1) or fits(b"", 1)):
+        pass
     assert fits(POLL[3:], 3)  # whose beginning went to the settings before
     assert fits(POLL_9[:3], 1)
     assert fits(POLL_9[3:], 3)
@@ -1408,7 +1409,6 @@ def test_status_follows_the_heat_pump_a_reconnect_and_the_end_of_the_script(rig,
 
 # ------------------------------------ The sunny day ------------------------------------
 DAY = 30  # s that the day from 6 to 21 o'clock takes
-
 
 # as a shell script starts what it puts into the background
 IGNORING_CTRL_C = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
