@@ -7,7 +7,6 @@ Edit the settings, then start it in the README's environment: python3 powermeter
 """
 
 # ============================== Settings ==============================
-# The value, and the MQTT broker that it comes from
 topic = "electricity/hp/restpower"  # topic of the rest power, in Watt
 mqtt_server = "localhost"  # the broker's name or IP address
 mqtt_port = 1883  # the broker's port: 1883, with TLS mostly 8883
@@ -18,8 +17,7 @@ mqtt_ca_file = ""  # CA file for a broker's own certificate; "" = the system's C
 max_age = 300  # s, a value older than that is served as 0 W; 0 = no limit
 status_topic = ""  # here it publishes whether the heat pump reads; "" = nowhere
 
-# The RS-485 line to the heat pump, and what it wants to read
-serial_port = "/dev/ttyUSB0"  # the adapter; better its name in /dev/serial/by-id/
+serial_port = "/dev/ttyUSB0"  # the RS-485 adapter; better its name in /dev/serial/by-id/
 baudrate = 19200  # bit/s; the heat pump's own is found, this is only tried first
 parity = "E"  # "E" = even, "O" = odd, "N" = none; found as well
 stopbits = 1  # 1 or 2; the search tries 1 only, which receives frames with 2 as well
@@ -124,8 +122,7 @@ def check_settings():
 
 
 # ------------------- The meter: Saia-Burgess ALE3, datasheet 26-527 -------------------
-VOLTAGE = 230  # V
-MAX_WATTS = 327670  # W: the total is a signed 16-bit number of 10 W
+VOLTAGE, MAX_WATTS = 230, 327670  # V; W, as the total is 16 bits of 10 W, signed
 REGISTERS, MAX_COUNT = 52, 20  # of the meter, and at most in one read
 READ, WRITE = 3, 16  # its function codes: Read Holding and Write Multiple Registers
 
@@ -173,8 +170,8 @@ class Meter(SimDevice):
 
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
-        self.build_device = cache(self.build_device)  # pymodbus calls it per server
-        _address, self.registers, _types = self.build_device()  # always this list
+        self.build_device = cache(self.build_device)  # one list for all servers
+        _address, self.registers, _types = self.build_device()  # this list
         self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
         self.baudrate = baudrate  # in use, bit/s; run_server() sets it
         self.too_old = False  # whether 0 W are served, as the rest power is too old
@@ -222,9 +219,10 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        # At each login the broker sends its retained value, however old. Never heard:
-        # it is new. Equal to the last heard: taken as that, so its age runs on. Equal
-        # to an earlier one: that old message, or the number sent anew? Unknown, so 0 W.
+        # The broker sends its retained value at each login, however old it is.
+        # - A value never heard before is taken as new.
+        # - The last value heard changes nothing, so its age runs on.
+        # - An earlier value may be old or sent anew: nobody knows, so 0 W are served.
         if message.retain and watts in self.heard:
             if watts != self.heard[-1]:
                 self.meter.update(0.0)
@@ -286,13 +284,14 @@ def first_frame(data, nothing_skipped):
         request, answer = 9 + data[6], 8  # data[6]: number of bytes to write
     elif function > 0x80 and third < 12:
         answer = 5  # an exception, third is its code
-    # The CRC over a frame and its CRC is 0, with zeros behind it too: so shorter first.
+    # compute_CRC() is 0 over a frame with its CRC, and stays 0 when zeros follow. The
+    # longer size could then fit by mistake, so the shorter one is tried first.
     for size, is_answer in sorted([(request, False), (answer, True)]):  # tie: request
         if 0 < size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
-    # Else all bytes since the last frame may be a request to us of unknown size, for
-    # refusal(): another function, or a WRITE cut short (a READ was tried above). Parts
-    # of data are not tried, as one of many would have CRC 0 by chance.
+    # If no byte was skipped since the last frame, all of data may still be a request to
+    # us that refusal() refuses: another function, or a WRITE cut short. Parts of data
+    # are not tried, since some part of a long frame may have CRC 0 by chance.
     is_ours = unit == unit_id and 0 < function < 0x80 and function != READ
     if nothing_skipped and is_ours and FramerRTU.compute_CRC(data) == 0:
         return data, False
@@ -330,9 +329,8 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         self.meter = meter
         self.own = SerialSettings(baudrate, parity, stopbits)  # of the settings block
         self.settings = self.own  # serve() tries others where they are wrong
-        self.proven = False  # whether they are right for sure
         self.is_open, self.fault = False, ""  # of the adapter; fault "" = none
-        self.heard = False  # whether any byte ever came
+        self.proven, self.heard = False, False  # settings right for sure; any byte came
         self.last_read = -READ_TIMEOUT  # s; below 0 = never
         self.quiet_since = now()  # s; "has not read for 60 s" is counted from here
         self.refused = b""  # the first request to us that was refused
@@ -342,17 +340,19 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
     def begin(self):
         """Begin to listen with the settings."""
         self.left = b""  # the bytes that belong to no frame yet
-        self.byte_came = True  # since the last end_piece(); at first: wait a whole TICK
-        self.piece_fits = True  # no misfit; at first too, as it may begin amid a frame
+        # The first piece may begin amid a frame, so it is treated as if it had one.
+        self.piece_fits = True  # whether the piece has a good frame
+        self.byte_came = True  # whether a byte came since the last end_piece()
         self.good_frames, self.misfits = 0, []  # misfits: times in s
         self.unanswered = None  # the open request, which buildFrame() has to answer
 
     def handleFrame(self, data, _unit_id, _transaction_id):
         """Take the bytes that came; return their number, and the open request or None.
 
-        pymodbus keeps the returned request in one variable, and each call starts a task
-        that later answers what is in it then. Returning None before it runs would lose
-        the request: so the open one is returned again, and buildFrame() sends it once.
+        pymodbus stores the request that is returned, and starts a task which answers
+        the stored one a little later. If more bytes come before that, returning None
+        would delete the stored request. So each call returns the open request again,
+        and of the answers, buildFrame() sends only the first.
         """
         self.byte_came, self.heard = True, True
         frames, self.left = find_frames(self.left + data)
@@ -395,7 +395,7 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         """Called each TICK: end the piece if no byte came since the last call."""
         came, self.byte_came = self.byte_came, False
         is_endless = len(self.left) == MAX_FRAME and not self.proven  # noise, no gaps
-        if came and not is_endless:  # the piece goes on; endless noise is cut here
+        if came and not is_endless:  # the piece goes on
             return
         if self.left and not self.piece_fits:  # bytes came, no good frame: a misfit
             recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
@@ -403,7 +403,7 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         self.left, self.piece_fits = b"", False  # the next piece has no frame yet
 
     def is_wrong(self):
-        """Return if settings are wrong: own after misfits for 20 s, others after 1."""
+        """Return if settings are wrong: own by misfits for 20 s, others by a misfit."""
         if self.proven or not self.misfits:
             return False
         patience = PATIENCE if self.settings == self.own else 0  # s; 0: one is enough
