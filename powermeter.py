@@ -17,7 +17,7 @@ mqtt_ca_file = ""  # CA file for a broker's own certificate; "" = the system's C
 max_age = 300  # s, a value older than that is served as 0 W; 0 = no limit
 status_topic = ""  # here it publishes whether the heat pump reads; "" = nowhere
 
-serial_port = "/dev/ttyUSB0"  # the RS-485 adapter; better its name in /dev/serial/by-id/
+serial_port = "/dev/ttyUSB0"  # the adapter; better its name in /dev/serial/by-id/
 baudrate = 19200  # bit/s; the heat pump's own is found, this is only tried first
 parity = "E"  # "E" = even, "O" = odd, "N" = none; found as well
 stopbits = 1  # 1 or 2; the search tries 1 only, which receives frames with 2 as well
@@ -170,8 +170,8 @@ class Meter(SimDevice):
 
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
-        self.build_device = cache(self.build_device)  # one list for all servers
-        _address, self.registers, _types = self.build_device()  # this list
+        self.build_device = cache(self.build_device)  # each server calls it: same list
+        _address, self.registers, _types = self.build_device()  # the list servers read
         self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
         self.baudrate = baudrate  # in use, bit/s; run_server() sets it
         self.too_old = False  # whether 0 W are served, as the rest power is too old
@@ -284,14 +284,14 @@ def first_frame(data, nothing_skipped):
         request, answer = 9 + data[6], 8  # data[6]: number of bytes to write
     elif function > 0x80 and third < 12:
         answer = 5  # an exception, third is its code
-    # compute_CRC() is 0 over a frame with its CRC, and stays 0 when zeros follow. The
-    # longer size could then fit by mistake, so the shorter one is tried first.
+    # compute_CRC() is 0 over a frame with its CRC, and still 0 if zero bytes follow: a
+    # short frame and zeros could pass as a long one. So the shorter size goes first.
     for size, is_answer in sorted([(request, False), (answer, True)]):  # tie: request
         if 0 < size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
-    # If no byte was skipped since the last frame, all of data may still be a request to
-    # us that refusal() refuses: another function, or a WRITE cut short. Parts of data
-    # are not tried, since some part of a long frame may have CRC 0 by chance.
+    # No size is known for a request to us that refusal() refuses: another function, or
+    # a WRITE cut short. So it is found only as all of data, right after a frame: of all
+    # places and sizes in a long piece, some would have CRC 0 by chance.
     is_ours = unit == unit_id and 0 < function < 0x80 and function != READ
     if nothing_skipped and is_ours and FramerRTU.compute_CRC(data) == 0:
         return data, False
@@ -349,10 +349,10 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
     def handleFrame(self, data, _unit_id, _transaction_id):
         """Take the bytes that came; return their number, and the open request or None.
 
-        pymodbus stores the request that is returned, and starts a task which answers
-        the stored one a little later. If more bytes come before that, returning None
-        would delete the stored request. So each call returns the open request again,
-        and of the answers, buildFrame() sends only the first.
+        A request is open from its frame to buildFrame() or the next frame. Meanwhile
+        each call returns it: pymodbus stores what the last call returned, and answers
+        that in a task a little later, so None would delete it. Each request returned
+        starts such a task; buildFrame() lets only the first answer out.
         """
         self.byte_came, self.heard = True, True
         frames, self.left = find_frames(self.left + data)
@@ -392,10 +392,10 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         return super().buildFrame(answer)
 
     def end_piece(self):
-        """Called each TICK: end the piece if no byte came since the last call."""
-        came, self.byte_came = self.byte_came, False
-        is_endless = len(self.left) == MAX_FRAME and not self.proven  # noise, no gaps
-        if came and not is_endless:  # the piece goes on
+        """Called each TICK: end the piece at a gap, or when left is full of noise."""
+        came, self.byte_came = self.byte_came, False  # no byte since last TICK: a gap
+        is_full = len(self.left) == MAX_FRAME  # all that find_frames() keeps
+        if came and (self.proven or not is_full):  # the piece goes on
             return
         if self.left and not self.piece_fits:  # bytes came, no good frame: a misfit
             recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
