@@ -289,9 +289,9 @@ def first_frame(data, nothing_skipped):
     for size, is_answer in sorted([(request, False), (answer, True)]):  # tie: request
         if 0 < size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
-    # No size is known for a request to us that refusal() refuses: another function, or
-    # a WRITE cut short. So it is found only as all of data, right after a frame: of all
-    # places and sizes in a long piece, some would have CRC 0 by chance.
+    # Left: a request to us of unknown size (another function, or a WRITE cut short),
+    # which will be refused. It counts only if it is all of data, none skipped before:
+    # tried at each place and size in a long piece, bytes would have CRC 0 by chance.
     is_ours = unit == unit_id and 0 < function < 0x80 and function != READ
     if nothing_skipped and is_ours and FramerRTU.compute_CRC(data) == 0:
         return data, False
@@ -340,19 +340,19 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
     def begin(self):
         """Begin to listen with the settings."""
         self.left = b""  # the bytes that belong to no frame yet
-        # The first piece may begin amid a frame, so it is treated as if it had one.
-        self.piece_fits = True  # whether the piece has a good frame
-        self.byte_came = True  # whether a byte came since the last end_piece()
+        # Listening may start amid a frame: the first piece is no misfit in any case.
+        self.piece_fits = True  # whether the piece has a good frame, or is the first
+        self.byte_came = True  # since the last end_piece(); first as if amid a piece
         self.good_frames, self.misfits = 0, []  # misfits: times in s
         self.unanswered = None  # the open request, which buildFrame() has to answer
 
     def handleFrame(self, data, _unit_id, _transaction_id):
         """Take the bytes that came; return their number, and the open request or None.
 
-        A request is open from its frame to buildFrame() or the next frame. Meanwhile
-        each call returns it: pymodbus stores what the last call returned, and answers
-        that in a task a little later, so None would delete it. Each request returned
-        starts such a task; buildFrame() lets only the first answer out.
+        A request is open until buildFrame() has answered it or the next frame comes.
+        pymodbus answers in a task, a little later, what the latest call returned. So
+        calls in between return the open request again, as None would delete it. Each
+        of them starts one more task, whose answer buildFrame() drops.
         """
         self.byte_came, self.heard = True, True
         frames, self.left = find_frames(self.left + data)
@@ -392,10 +392,10 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         return super().buildFrame(answer)
 
     def end_piece(self):
-        """Called each TICK: end the piece at a gap, or when left is full of noise."""
-        came, self.byte_came = self.byte_came, False  # no byte since last TICK: a gap
-        is_full = len(self.left) == MAX_FRAME  # all that find_frames() keeps
-        if came and (self.proven or not is_full):  # the piece goes on
+        """Called each TICK: end the piece at a gap; unproven, also if left is full."""
+        came, self.byte_came = self.byte_came, False  # since the last TICK; else a gap
+        is_full = len(self.left) == MAX_FRAME  # noise without gaps has to count as well
+        if came and (self.proven or not is_full):  # proven: a cut could lose a frame
             return
         if self.left and not self.piece_fits:  # bytes came, no good frame: a misfit
             recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
