@@ -289,9 +289,9 @@ def first_frame(data, nothing_skipped):
     for size, is_answer in sorted([(request, False), (answer, True)]):  # tie: request
         if 0 < size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
-    # Left: a request to us of unknown size (another function, or a WRITE cut short),
-    # which will be refused. It counts only if it is all of data, none skipped before:
-    # tried at each place and size in a long piece, bytes would have CRC 0 by chance.
+    # Left: to refuse it, a request to us whose size is unknown (another function, or a
+    # WRITE cut short). Only all of data can be it, with nothing skipped before: trying
+    # each place and size in a long piece would meet a good CRC by chance.
     is_ours = unit == unit_id and 0 < function < 0x80 and function != READ
     if nothing_skipped and is_ours and FramerRTU.compute_CRC(data) == 0:
         return data, False
@@ -342,7 +342,7 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         self.left = b""  # the bytes that belong to no frame yet
         # Listening may start amid a frame: the first piece is no misfit in any case.
         self.piece_fits = True  # whether the piece has a good frame, or is the first
-        self.byte_came = True  # since the last end_piece(); first as if amid a piece
+        self.byte_came = True  # since the last end_piece(); True: its first call waits
         self.good_frames, self.misfits = 0, []  # misfits: times in s
         self.unanswered = None  # the open request, which buildFrame() has to answer
 
@@ -350,9 +350,9 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         """Take the bytes that came; return their number, and the open request or None.
 
         A request is open until buildFrame() has answered it or the next frame comes.
-        pymodbus answers in a task, a little later, what the latest call returned. So
-        calls in between return the open request again, as None would delete it. Each
-        of them starts one more task, whose answer buildFrame() drops.
+        pymodbus keeps only what the latest call returned, even None, and answers that
+        in a task a little later. So each call returns the open request again; the task
+        this adds answers once more, and buildFrame() drops that answer.
         """
         self.byte_came, self.heard = True, True
         frames, self.left = find_frames(self.left + data)
@@ -392,10 +392,10 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         return super().buildFrame(answer)
 
     def end_piece(self):
-        """Called each TICK: end the piece at a gap; unproven, also if left is full."""
-        came, self.byte_came = self.byte_came, False  # since the last TICK; else a gap
-        is_full = len(self.left) == MAX_FRAME  # noise without gaps has to count as well
-        if came and (self.proven or not is_full):  # proven: a cut could lose a frame
+        """End the piece at a gap; until proven, also if left is full. Due each TICK."""
+        is_gap, self.byte_came = not self.byte_came, False  # no byte since last TICK
+        may_cut = len(self.left) == MAX_FRAME and not self.proven  # noise without gaps
+        if not (is_gap or may_cut):  # once proven, a cut could lose a frame
             return
         if self.left and not self.piece_fits:  # bytes came, no good frame: a misfit
             recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
