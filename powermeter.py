@@ -289,9 +289,9 @@ def first_frame(data, nothing_skipped):
     for size, is_answer in sorted([(request, False), (answer, True)]):  # tie: request
         if 0 < size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
-    # Left: to refuse it, a request to us whose size is unknown (another function, or a
-    # WRITE cut short). Only all of data can be it, with nothing skipped before: trying
-    # each place and size in a long piece would meet a good CRC by chance.
+    # What is left may be a request to us of unknown size (another function, or a WRITE
+    # cut short); it is returned to be refused. It must be all of data, nothing skipped
+    # before: trying each place and size in noise would meet a good CRC by chance.
     is_ours = unit == unit_id and 0 < function < 0x80 and function != READ
     if nothing_skipped and is_ours and FramerRTU.compute_CRC(data) == 0:
         return data, False
@@ -340,19 +340,19 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
     def begin(self):
         """Begin to listen with the settings."""
         self.left = b""  # the bytes that belong to no frame yet
-        # Listening may start amid a frame: the first piece is no misfit in any case.
-        self.piece_fits = True  # whether the piece has a good frame, or is the first
-        self.byte_came = True  # since the last end_piece(); True: its first call waits
+        # The first piece may begin amid a frame: it counts as fitting, whatever comes.
+        self.piece_fits = True  # whether the present piece has had a good frame
+        self.byte_came = True  # since the last TICK; True: the first TICK sees no gap
         self.good_frames, self.misfits = 0, []  # misfits: times in s
         self.unanswered = None  # the open request, which buildFrame() has to answer
 
     def handleFrame(self, data, _unit_id, _transaction_id):
         """Take the bytes that came; return their number, and the open request or None.
 
-        A request is open until buildFrame() has answered it or the next frame comes.
-        pymodbus keeps only what the latest call returned, even None, and answers that
-        in a task a little later. So each call returns the open request again; the task
-        this adds answers once more, and buildFrame() drops that answer.
+        A request is open until buildFrame() answers it or the next frame comes. After
+        each call pymodbus starts a task, which answers what the latest call returned;
+        None would lose an open request. So each call returns it again, and of the
+        tasks this starts only the first may answer: buildFrame() returns b"" to others.
         """
         self.byte_came, self.heard = True, True
         frames, self.left = find_frames(self.left + data)
@@ -392,10 +392,10 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         return super().buildFrame(answer)
 
     def end_piece(self):
-        """End the piece at a gap; until proven, also if left is full. Due each TICK."""
-        is_gap, self.byte_came = not self.byte_came, False  # no byte since last TICK
-        may_cut = len(self.left) == MAX_FRAME and not self.proven  # noise without gaps
-        if not (is_gap or may_cut):  # once proven, a cut could lose a frame
+        """End the piece after a TICK without a byte, or where noise leaves no gaps."""
+        is_gap, self.byte_came = not self.byte_came, False
+        is_full = not self.proven and len(self.left) == MAX_FRAME  # noise without gaps
+        if not (is_gap or is_full):  # proven: only a gap ends it, so no frame is lost
             return
         if self.left and not self.piece_fits:  # bytes came, no good frame: a misfit
             recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
@@ -403,7 +403,7 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         self.left, self.piece_fits = b"", False  # the next piece has no frame yet
 
     def is_wrong(self):
-        """Return if settings are wrong: own by misfits for 20 s, others by a misfit."""
+        """Return whether to try other settings: own get 20 s of misfits, others one."""
         if self.proven or not self.misfits:
             return False
         patience = PATIENCE if self.settings == self.own else 0  # s; 0: one is enough
@@ -448,7 +448,7 @@ def look_after(broker, line):
 
 
 def run_server(broker, line):
-    """Open the adapter and run a server, which blocks until attend() ends it."""
+    """Open the adapter; on_adapter() then starts attend(), which ends the server."""
 
     async def attend():  # the only caller of ServerAsyncStop(): a second would raise
         while line.is_open and not line.is_wrong() and not orders:
