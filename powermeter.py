@@ -20,7 +20,7 @@ status_topic = ""  # here it publishes whether the heat pump reads; "" = nowhere
 serial_port = "/dev/ttyUSB0"  # the adapter; better its name in /dev/serial/by-id/
 baudrate = 19200  # bit/s; the heat pump's own is found, this is only tried first
 parity = "E"  # "E" = even, "O" = odd, "N" = none; found as well
-stopbits = 1  # 1 or 2; the search tries 1 only, which receives frames with 2 as well
+stopbits = 1  # 1 or 2; the search tries only 1, as that receives frames with 2 too
 unit_id = 60  # the meter's Modbus address, 1 to 247
 surplus_sign = 1  # 1 = the heat pump wants surplus positive, -1 = negative
 log_level = "INFO"  # "DEBUG" = every frame too; "WARNING", "ERROR" = less
@@ -55,7 +55,7 @@ from pymodbus.simulator import DataType, SimData, SimDevice
 
 READ_TIMEOUT = 60  # s without a read after which the heat pump counts as not reading
 PATIENCE = 20  # s of bytes without a frame, after which other settings are tried
-TICK = 0.2  # s between two calls of look_after(); a gap in a frame has to be shorter
+TICK = 0.2  # s between two calls of look_after(); a longer pause in a frame splits it
 MAX_FRAME = 256  # bytes
 BAUDRATES = (19200, 9600, 38400, 115200, 57600, 4800, 2400, 1200)  # likely ones first
 SerialSettings = namedtuple("SerialSettings", "baudrate parity stopbits")
@@ -84,14 +84,14 @@ def say(subject, write, text):
 def check_settings():
     """End the script with status 2 and one line where a setting cannot work."""
 
-    def is_host(v):  # a name that cannot be one raises here; one ":" starts a port
+    def is_host(v):  # encode() raises if it cannot be one; a single ":" starts a port
         return v.encode("idna") and v.count(":") != 1 and not set(v) & set("/[ \0")
 
     text, whole, number, login = (str,), (int,), (int, float), (str, int)
-    wild = set("+#\0")  # these are not allowed in a topic
+    plain = set("+#\0").isdisjoint  # whether a text has none of these, as a topic must
     load_ca = ssl.create_default_context  # raises OSError for a file without a CA
     rows = (  # name, types, test (an error is a no as well), what it may be
-        ("topic", text, lambda v: v and wild.isdisjoint(v), "a topic without + and #"),
+        ("topic", text, lambda v: v and plain(v), "a topic without + and #"),
         ("mqtt_server", text, is_host, "a host name or an IP address, without a port"),
         ("mqtt_port", whole, lambda v: 1 <= v <= 65535, "1 to 65535"),
         ("mqtt_username", login, lambda v: True, "a text, or '' for none"),
@@ -99,7 +99,7 @@ def check_settings():
         ("mqtt_tls", (bool,), lambda v: True, "True or False"),
         ("mqtt_ca_file", text, lambda v: not v or load_ca(cafile=v), "'' or a CA file"),
         ("max_age", number, lambda v: v >= 0, "a number of seconds, or 0"),
-        ("status_topic", text, lambda v: v != topic and wild.isdisjoint(v), "a topic"),
+        ("status_topic", text, lambda v: v != topic and plain(v), "a different topic"),
         ("serial_port", text, lambda v: v and "\0" not in v, "the path of a device"),
         ("baudrate", whole, lambda v: v in BAUDRATES, sorted(BAUDRATES)),
         ("parity", text, lambda v: v in ("E", "O", "N"), "'E', 'O' or 'N'"),
@@ -129,8 +129,8 @@ READ, WRITE = 3, 16  # its function codes: Read Holding and Write Multiple Regis
 
 def meter_registers(watts, rate):
     """Return R1 to R52 (16 bits each) for a rest power in W and a baudrate in bit/s."""
-    current = round(abs(watts) / 3 / VOLTAGE * 10)  # 0.1 A
-    power = (surplus_sign * round(watts / 30)) & 0xFFFF  # 10 W, in two's complement
+    current = round(abs(watts) / 3 / VOLTAGE * 10)  # 0.1 A per phase
+    power = (surplus_sign * round(watts / 30)) & 0xFFFF  # 10 W per phase, signed
     phase = (VOLTAGE, current, power, 0, 100)  # V, 0.1 A, 10 W, 10 var, cos phi in 0.01
     return [
         *(11, REGISTERS, 0),  # R1-3 firmware version 1.1, number of registers, of flags
@@ -152,7 +152,7 @@ def refusal(request):
     if function not in (READ, WRITE):
         return ExcCodes.ILLEGAL_FUNCTION
     if function == READ:
-        wire_address, count = struct.unpack(">HH", request[1:])  # reads come whole
+        wire_address, count = struct.unpack(">HH", request[1:])  # always 4 bytes here
         fits = 1 <= count <= MAX_COUNT and wire_address + count <= REGISTERS
         return None if fits else ExcCodes.ILLEGAL_ADDRESS
     if len(request) < 6:  # cut short before its values begin
@@ -160,9 +160,9 @@ def refusal(request):
     wire_address, count, byte_count = struct.unpack(">HHB", request[1:6])
     if count == 0 or byte_count != 2 * count or byte_count != len(request) - 6:
         return ExcCodes.ILLEGAL_VALUE
-    if (wire_address + 1, count) not in ((30, 2), (34, 2)):  # R of a counter to reset
+    if (wire_address + 1, count) not in ((30, 2), (34, 2)):  # counters R30-31, R34-35
         return ExcCodes.ILLEGAL_ADDRESS
-    return ExcCodes.ILLEGAL_VALUE if any(request[6:]) else None
+    return ExcCodes.ILLEGAL_VALUE if any(request[6:]) else None  # only zeros: a reset
 
 
 class Meter(SimDevice):
@@ -170,15 +170,15 @@ class Meter(SimDevice):
 
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
-        self.build_device = cache(self.build_device)  # each server calls it: same list
-        _address, self.registers, _types = self.build_device()  # the list servers read
+        self.build_device = cache(self.build_device)  # all servers get the same list
+        _address, self.registers, _types = self.build_device()  # that list
         self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
         self.baudrate = baudrate  # in use, bit/s; run_server() sets it
         self.too_old = False  # whether 0 W are served, as the rest power is too old
         self.update(0.0)
 
     def update(self, watts=None):
-        """Write the registers for a new rest power in W; without one, check its age."""
+        """Write the registers for a new rest power in W or the last; 0 W if too old."""
         with self.lock:
             if watts is not None:
                 self.watts, self.arrival = watts, now()
@@ -196,7 +196,7 @@ class Broker(Client):
     """The connection to the MQTT broker; paho's thread calls the methods on_..."""
 
     def __init__(self, meter):
-        client_id = f"powermeter-{os.urandom(4).hex()}"  # kept: ends a dead session
+        client_id = f"powermeter-{os.urandom(4).hex()}"  # random, but kept for relogins
         super().__init__(CallbackAPIVersion.VERSION2, client_id)
         self.meter = meter
         self.name = f"the MQTT broker {mqtt_server}:{mqtt_port}"
@@ -233,13 +233,13 @@ class Broker(Client):
         log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
 
     def on_pre_connect(self, _client, _userdata):
-        """Prepare for a broker that does not answer, but closes the connection."""
+        """Set what on_disconnect() says of a broker that closes without an answer."""
         self.if_closed = "closed the connection: check mqtt_port and mqtt_tls"
 
     def on_connect(self, _client, _userdata, _flags, reason, _properties):
         """Subscribe, anew at each login; or say that the broker refuses it."""
         if reason.is_failure:
-            self.if_closed = ""  # said here
+            self.if_closed = ""  # the line below says why
             what = f"the login, check mqtt_username and mqtt_password: {reason}"
             say(self, log.error, f"{self.name} refuses {what}")
         else:
@@ -266,16 +266,16 @@ class Broker(Client):
         say(self, write, f"cannot reach {self.name} ({error}): {hint}")
 
     def on_disconnect(self, _client, _userdata, _flags, reason, _properties):
-        """Say that the broker has closed the connection, if it was not this script."""
+        """Say that the broker closed the connection; nothing where this script did."""
         if reason.is_failure and self.if_closed:
             say(self, log.warning, f"{self.name} {self.if_closed}")
 
 
 # -------- Modbus: frames, by the Modbus Application Protocol V1.1b3, chapter 6 --------
-def first_frame(data, nothing_skipped):
+def first_frame(data, no_noise_before):
     """Return (frame, is an answer) of the good frame that data begins with, or None."""
     unit, function, third = data[:3]
-    request, answer = 0, 0  # sizes if data is a request, an answer; 0 = it is none
+    request, answer = 0, 0  # size as a request, as an answer; 0 = it cannot be one
     if function in (1, 2, 3, 4):
         request, answer = 8, 5 + third  # third: number of data bytes
     elif function in (5, 6):
@@ -289,11 +289,11 @@ def first_frame(data, nothing_skipped):
     for size, is_answer in sorted([(request, False), (answer, True)]):  # tie: request
         if 0 < size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
-    # What is left may be a request to us of unknown size (another function, or a WRITE
-    # cut short); it is returned to be refused. It must be all of data, nothing skipped
-    # before: trying each place and size in noise would meet a good CRC by chance.
+    # No size fits. All of data may still be one request to us, to be refused: another
+    # function, or a WRITE cut short (a READ always has 8 bytes). Not after noise: with
+    # a test at each of its bytes, some CRC would be good by chance.
     is_ours = unit == unit_id and 0 < function < 0x80 and function != READ
-    if nothing_skipped and is_ours and FramerRTU.compute_CRC(data) == 0:
+    if no_noise_before and is_ours and FramerRTU.compute_CRC(data) == 0:
         return data, False
     return None
 
@@ -302,7 +302,7 @@ def find_frames(data):
     """Return all good frames in data as (frame, is an answer), and the bytes left."""
     frames, start, end = [], 0, 0  # end: of the last frame that was found
     while start <= len(data) - 4:
-        found = first_frame(data[start:], start == end)
+        found = first_frame(data[start:], no_noise_before=start == end)
         if found:
             frames.append(found)
             end = start + len(found[0])
@@ -312,25 +312,25 @@ def find_frames(data):
 
 class Refusal(ExceptionResponse):
     async def datastore_update(self, _context, _unit_id):
-        """Return itself: pymodbus asks each request for the answer to send."""
+        """Return itself: pymodbus sends what this returns for a request."""
         return self
 
 
-class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers others'
+class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to others
     """The framer of all servers: finds the requests to us, and wrong serial settings.
 
-    The bytes between two gaps of a TICK are a piece. A piece without a good frame is a
-    misfit. Two good frames, or one request to us, prove that the settings are right.
+    A TICK without a byte ends a piece; a piece without a good frame is a misfit. Two
+    good frames, or one request to us, prove that the settings are right.
     """
 
     def __init__(self, meter):
         super().__init__(DecodePDU(is_server=True))
-        self.MAX_SIZE = 4096  # pymodbus drops more than 264 bytes, the newest too
+        self.MAX_SIZE = 4096  # if more bytes wait, pymodbus drops all; its own: 264
         self.meter = meter
         self.own = SerialSettings(baudrate, parity, stopbits)  # of the settings block
         self.settings = self.own  # serve() tries others where they are wrong
         self.is_open, self.fault = False, ""  # of the adapter; fault "" = none
-        self.proven, self.heard = False, False  # settings right for sure; any byte came
+        self.proven, self.any_byte = False, False  # settings are right; any byte came
         self.last_read = -READ_TIMEOUT  # s; below 0 = never
         self.quiet_since = now()  # s; "has not read for 60 s" is counted from here
         self.refused = b""  # the first request to us that was refused
@@ -340,21 +340,21 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
     def begin(self):
         """Begin to listen with the settings."""
         self.left = b""  # the bytes that belong to no frame yet
-        # The first piece may begin amid a frame: it counts as fitting, whatever comes.
+        # True, as if a good frame had just come: the first piece may begin amid one.
         self.piece_fits = True  # whether the present piece has had a good frame
-        self.byte_came = True  # since the last TICK; True: the first TICK sees no gap
+        self.byte_came = True  # whether a byte came since the last TICK
         self.good_frames, self.misfits = 0, []  # misfits: times in s
         self.unanswered = None  # the open request, which buildFrame() has to answer
 
     def handleFrame(self, data, _unit_id, _transaction_id):
         """Take the bytes that came; return their number, and the open request or None.
 
-        A request is open until buildFrame() answers it or the next frame comes. After
-        each call pymodbus starts a task, which answers what the latest call returned;
-        None would lose an open request. So each call returns it again, and of the
-        tasks this starts only the first may answer: buildFrame() returns b"" to others.
+        - pymodbus answers only a moment after a call that returned a request, and then
+          what the LATEST call returned: if more bytes came by then, None would lose it.
+        - So a request is open, and returned again, until answered or a frame comes.
+        - Thus there may be several answers: buildFrame() lets only the first one out.
         """
-        self.byte_came, self.heard = True, True
+        self.byte_came, self.any_byte = True, True
         frames, self.left = find_frames(self.left + data)
         for frame, is_answer in frames:
             unit, function = frame[0], frame[1]
@@ -363,7 +363,7 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
                 self.answering.add(unit)
             elif unit == unit_id:
                 self.unanswered = self.take_request(frame[1:-2])
-            elif function in (3, 4) and unit > 0:  # a read as for a meter, no broadcast
+            elif function in (3, 4) and 0 < unit < 248:  # a read as for a meter
                 self.asked.add(unit)
             if function < 0x80:  # exceptions prove nothing: 5 bytes may be chance
                 self.piece_fits, self.misfits = True, []
@@ -372,7 +372,7 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
         return len(data), self.unanswered
 
     def take_request(self, request):
-        """Return the PDU of a request to us (bytes from the function code on)."""
+        """Return the PDU of a request (from its function code on), or its Refusal."""
         self.proven = True
         self.meter.update()  # before each answer, so that no value too old goes out
         code = refusal(request)
@@ -393,17 +393,17 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
 
     def end_piece(self):
         """End the piece after a TICK without a byte, or where noise leaves no gaps."""
-        is_gap, self.byte_came = not self.byte_came, False
+        is_gap = not self.byte_came
+        self.byte_came = False
         is_full = not self.proven and len(self.left) == MAX_FRAME  # noise without gaps
-        if not (is_gap or is_full):  # proven: only a gap ends it, so no frame is lost
-            return
-        if self.left and not self.piece_fits:  # bytes came, no good frame: a misfit
-            recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
-            self.misfits = [*recent, now()]  # older ones are forgotten
-        self.left, self.piece_fits = b"", False  # the next piece has no frame yet
+        if is_gap or is_full:  # is_full may cut a frame in two, so only while unproven
+            if self.left and not self.piece_fits:  # bytes came, no good frame: a misfit
+                recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
+                self.misfits = [*recent, now()]  # older ones do not count: rare noise
+            self.left, self.piece_fits = b"", False  # the next piece has no frame yet
 
     def is_wrong(self):
-        """Return whether to try other settings: own get 20 s of misfits, others one."""
+        """Return whether misfits span PATIENCE (own settings), or one came (others)."""
         if self.proven or not self.misfits:
             return False
         patience = PATIENCE if self.settings == self.own else 0  # s; 0: one is enough
@@ -417,7 +417,7 @@ class Line(FramerRTU):  # pymodbus's own loses requests to us, and answers other
             (self.refused, f"the meter refuses what it asks: {self.refused.hex(' ')}"),
             (units, f"other units are asked in vain: set unit_id = {units}"),
             (self.proven, "it does not ask for a meter: switch it on in its settings"),
-            (self.heard, "no frame fits: trying other serial settings; swap A and B?"),
+            (self.any_byte, "no frame fits: trying other serial settings; swap A and B?"),
             (True, "nothing came: check wires A and B, adapter, the pump's settings"),
         )
         return next(sentence for is_true, sentence in reasons if is_true)
@@ -454,7 +454,7 @@ def run_server(broker, line):
         while line.is_open and not line.is_wrong() and not orders:
             look_after(broker, line)
             await asyncio.sleep(TICK)
-        line.fault = "" if line.is_open else "is not there"  # closed: adapter lost
+        line.fault = "" if line.is_open else "is not there"  # not open: it got lost
         await ServerAsyncStop()
 
     def on_adapter(is_open):  # called when the server has opened or lost it
@@ -471,15 +471,15 @@ def run_server(broker, line):
     try:
         serial.Serial(exclusive=True, **port).close()  # raises what pymodbus hides
         StartSerialServer(line.meter, trace_connect=on_adapter, **port)  # blocks
-    except (OSError, RuntimeError, termios.error) as error:  # it could not be opened
+    except (OSError, RuntimeError, termios.error) as error:  # args: (errno,) text
         line.fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
 
 
 def serve(broker, line):
     """Run server after server until the stop, with other settings after wrong ones."""
-    FRAMER_NAME_TO_CLASS[FramerType.RTU] = lambda _decoder: line  # for every server
+    FRAMER_NAME_TO_CLASS[FramerType.RTU] = lambda _decoder: line  # each server's framer
     every = [SerialSettings(rate, letter, 1) for rate in BAUDRATES for letter in "ENO"]
-    rounds = cycle([*(other for other in every if other != line.own), line.own])
+    to_try = cycle([*(other for other in every if other != line.own), line.own])
     while not orders:
         run_server(broker, line)
         if line.fault:
@@ -487,17 +487,17 @@ def serve(broker, line):
             say("adapter", log.warning, what)
             look_after(broker, line)
             sleep(1)
-            line.quiet_since = now()  # the heat pump could not read
+            line.quiet_since = now()  # the heat pump could not read: 60 s begin anew
         elif line.is_wrong():
-            line.settings = next(rounds)
-            if line.settings == line.own:
+            line.settings = next(to_try)
+            if line.settings == line.own:  # all the others have been tried
                 say("round", log.warning, "no serial settings fit: swap A and B")
 
 
 def main():
     """Carry the value from the broker to the line, until Ctrl-C or SIGTERM."""
     check_settings()
-    for number in (signal.SIGINT, signal.SIGTERM):  # an exception could get lost
+    for number in (signal.SIGINT, signal.SIGTERM):  # KeyboardInterrupt could get lost
         signal.signal(number, lambda *_: orders.append("stop"))
     # Ctrl-S in the terminal stops only the listener's thread; a full queue drops lines.
     lines, layout = queue.Queue(1000), "%(asctime)s %(levelname)s %(message)s"
