@@ -38,7 +38,7 @@ import struct
 import sys
 import termios
 import threading
-from collections import deque, namedtuple
+from collections import namedtuple
 from functools import cache, partial
 from itertools import cycle
 from logging.handlers import QueueHandler, QueueListener
@@ -70,7 +70,7 @@ ADAPTER_FAULTS = {
 }
 now = partial(clock_gettime, CLOCK_BOOTTIME)  # s, goes on while a computer sleeps
 log = logging.getLogger("powermeter")
-last_said = {}  # subject: the last text that say() wrote on it
+last_said = {}  # subject (a text, or the Broker): the last text that say() wrote on it
 orders = []  # Ctrl-C and SIGTERM add "stop", on which the main thread ends the script
 
 
@@ -88,7 +88,7 @@ def check_settings():
         return v.encode("idna") and v.count(":") != 1 and not set(v) & set("/[ \0")
 
     text, whole, number, login = (str,), (int,), (int, float), (str, int)
-    plain = set("+#\0").isdisjoint  # whether a text has none of these, as a topic must
+    plain = set("+#\0").isdisjoint  # plain(v): v has none of these, as a topic must
     load_ca = ssl.create_default_context  # raises OSError for a file without a CA
     rows = (  # name, types, test (an error is a no as well), what it may be
         ("topic", text, lambda v: v and plain(v), "a topic without + and #"),
@@ -122,7 +122,7 @@ def check_settings():
 
 
 # ------------------- The meter: Saia-Burgess ALE3, datasheet 26-527 -------------------
-VOLTAGE, MAX_WATTS = 230, 327670  # V; W, as the total is 16 bits of 10 W, signed
+VOLTAGE, MAX_WATTS = 230, 327670  # V, W; R51 holds at most 32767 times 10 W
 REGISTERS, MAX_COUNT = 52, 20  # of the meter, and at most in one read
 READ, WRITE = 3, 16  # its function codes: Read Holding and Write Multiple Registers
 
@@ -170,15 +170,15 @@ class Meter(SimDevice):
 
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
-        self.build_device = cache(self.build_device)  # all servers get the same list
-        _address, self.registers, _types = self.build_device()  # that list
+        self.build_device = cache(self.build_device)  # else each server builds its own
+        _address, self.registers, _types = self.build_device()  # the list they all read
         self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
         self.baudrate = baudrate  # in use, bit/s; run_server() sets it
         self.too_old = False  # whether 0 W are served, as the rest power is too old
         self.update(0.0)
 
     def update(self, watts=None):
-        """Write the registers for a new rest power in W or the last; 0 W if too old."""
+        """Write the registers for watts (None: for the last ones), 0 W if too old."""
         with self.lock:
             if watts is not None:
                 self.watts, self.arrival = watts, now()
@@ -201,7 +201,7 @@ class Broker(Client):
         self.meter = meter
         self.name = f"the MQTT broker {mqtt_server}:{mqtt_port}"
         self.if_closed = ""  # what on_disconnect() says, "" = nothing
-        self.heard = deque(maxlen=1000)  # the last rest powers in W, see on_message()
+        self.heard = set()  # all rest powers so far, in 10 W; see on_message()
         self.last_status = ""  # the last that was published in this session
         self.reconnect_delay_set(1, 10)  # s between two tries
         self.username_pw_set(str(mqtt_username) or None, str(mqtt_password) or None)
@@ -221,14 +221,14 @@ class Broker(Client):
         watts = float(raw)
         # The broker sends its retained value at each login, however old it is.
         # - A value never heard before is taken as new.
-        # - The last value heard changes nothing, so its age runs on.
-        # - An earlier value may be old or sent anew: nobody knows, so 0 W are served.
-        if message.retain and watts in self.heard:
-            if watts != self.heard[-1]:
+        # - The last value changes nothing, so its age runs on.
+        # - An earlier one may be old or published again: nobody knows, so 0 W.
+        if message.retain and round(watts / 10) in self.heard:
+            if watts != self.meter.watts:
                 self.meter.update(0.0)
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
             return
-        self.heard.append(watts)
+        self.heard.add(round(watts / 10))
         self.meter.update(watts)
         log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
 
@@ -290,8 +290,8 @@ def first_frame(data, no_noise_before):
         if 0 < size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
     # No size fits. All of data may still be one request to us, to be refused: another
-    # function, or a WRITE cut short (a READ always has 8 bytes). Not after noise: with
-    # a test at each of its bytes, some CRC would be good by chance.
+    # function, or a WRITE cut short (a READ always has 8 bytes). Not after noise: there
+    # this is called at every byte, and of so many CRCs one may be good by chance.
     is_ours = unit == unit_id and 0 < function < 0x80 and function != READ
     if no_noise_before and is_ours and FramerRTU.compute_CRC(data) == 0:
         return data, False
@@ -302,7 +302,7 @@ def find_frames(data):
     """Return all good frames in data as (frame, is an answer), and the bytes left."""
     frames, start, end = [], 0, 0  # end: of the last frame that was found
     while start <= len(data) - 4:
-        found = first_frame(data[start:], no_noise_before=start == end)
+        found = first_frame(data[start:], no_noise_before=(start == end))
         if found:
             frames.append(found)
             end = start + len(found[0])
@@ -325,12 +325,12 @@ class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to ot
 
     def __init__(self, meter):
         super().__init__(DecodePDU(is_server=True))
-        self.MAX_SIZE = 4096  # if more bytes wait, pymodbus drops all; its own: 264
+        self.MAX_SIZE = 4096  # if more bytes wait, pymodbus drops all; its default: 264
         self.meter = meter
         self.own = SerialSettings(baudrate, parity, stopbits)  # of the settings block
         self.settings = self.own  # serve() tries others where they are wrong
         self.is_open, self.fault = False, ""  # of the adapter; fault "" = none
-        self.proven, self.any_byte = False, False  # settings are right; any byte came
+        self.proven, self.alive = False, False  # settings are right; any byte came
         self.last_read = -READ_TIMEOUT  # s; below 0 = never
         self.quiet_since = now()  # s; "has not read for 60 s" is counted from here
         self.refused = b""  # the first request to us that was refused
@@ -340,7 +340,7 @@ class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to ot
     def begin(self):
         """Begin to listen with the settings."""
         self.left = b""  # the bytes that belong to no frame yet
-        # True, as if a good frame had just come: the first piece may begin amid one.
+        # True: the first piece may begin amid a frame, so it is never a misfit.
         self.piece_fits = True  # whether the present piece has had a good frame
         self.byte_came = True  # whether a byte came since the last TICK
         self.good_frames, self.misfits = 0, []  # misfits: times in s
@@ -349,12 +349,11 @@ class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to ot
     def handleFrame(self, data, _unit_id, _transaction_id):
         """Take the bytes that came; return their number, and the open request or None.
 
-        - pymodbus answers only a moment after a call that returned a request, and then
-          what the LATEST call returned: if more bytes came by then, None would lose it.
-        - So a request is open, and returned again, until answered or a frame comes.
-        - Thus there may be several answers: buildFrame() lets only the first one out.
+        - pymodbus answers a moment after a call that returned a request; if more bytes
+          come in that moment, it takes what the call with them returned: None loses it.
+        - So each call returns the request again, until it is answered or a frame comes.
         """
-        self.byte_came, self.any_byte = True, True
+        self.byte_came, self.alive = True, True
         frames, self.left = find_frames(self.left + data)
         for frame, is_answer in frames:
             unit, function = frame[0], frame[1]
@@ -385,14 +384,14 @@ class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to ot
         return pdu
 
     def buildFrame(self, answer):
-        """Return an answer's bytes; b"" for one more answer to the same request."""
+        """Return an answer's bytes; b"" where its request has been answered already."""
         if not self.unanswered:
             return b""
         self.unanswered = None
         return super().buildFrame(answer)
 
     def end_piece(self):
-        """End the piece after a TICK without a byte, or where noise leaves no gaps."""
+        """Each TICK: end the piece if no byte came, or if noise leaves no gaps."""
         is_gap = not self.byte_came
         self.byte_came = False
         is_full = not self.proven and len(self.left) == MAX_FRAME  # noise without gaps
@@ -403,7 +402,7 @@ class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to ot
             self.left, self.piece_fits = b"", False  # the next piece has no frame yet
 
     def is_wrong(self):
-        """Return whether misfits span PATIENCE (own settings), or one came (others)."""
+        """Return whether misfits span PATIENCE; for other settings, one is enough."""
         if self.proven or not self.misfits:
             return False
         patience = PATIENCE if self.settings == self.own else 0  # s; 0: one is enough
@@ -417,7 +416,7 @@ class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to ot
             (self.refused, f"the meter refuses what it asks: {self.refused.hex(' ')}"),
             (units, f"other units are asked in vain: set unit_id = {units}"),
             (self.proven, "it does not ask for a meter: switch it on in its settings"),
-            (self.any_byte, "no frame fits: trying other serial settings; swap A and B?"),
+            (self.alive, "no frame fits: trying other serial settings; swap A and B?"),
             (True, "nothing came: check wires A and B, adapter, the pump's settings"),
         )
         return next(sentence for is_true, sentence in reasons if is_true)
@@ -471,7 +470,7 @@ def run_server(broker, line):
     try:
         serial.Serial(exclusive=True, **port).close()  # raises what pymodbus hides
         StartSerialServer(line.meter, trace_connect=on_adapter, **port)  # blocks
-    except (OSError, RuntimeError, termios.error) as error:  # args: (errno,) text
+    except (OSError, RuntimeError, termios.error) as error:  # args: text or errno, text
         line.fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
 
 
@@ -488,6 +487,7 @@ def serve(broker, line):
             look_after(broker, line)
             sleep(1)
             line.quiet_since = now()  # the heat pump could not read: 60 s begin anew
+            line.settings = line.settings if line.proven else line.own  # tries may fail
         elif line.is_wrong():
             line.settings = next(to_try)
             if line.settings == line.own:  # all the others have been tried
