@@ -56,7 +56,7 @@ from pymodbus.simulator import DataType, SimData, SimDevice
 READ_TIMEOUT = 60  # s without a read after which the heat pump counts as not reading
 PATIENCE = 20  # s of bytes without a frame, after which other settings are tried
 TICK = 0.2  # s between two calls of look_after(); a longer pause in a frame splits it
-MAX_FRAME = 256  # bytes
+MAX_FRAME = 256  # bytes; find_frames() leaves at most so many
 BAUDRATES = (19200, 9600, 38400, 115200, 57600, 4800, 2400, 1200)  # likely ones first
 SerialSettings = namedtuple("SerialSettings", "baudrate parity stopbits")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -112,7 +112,7 @@ def check_settings():
         value = globals().get(name)
         try:
             is_fine = type(value) in types and can_work(value)  # True is no int here
-        except (OSError, ValueError):  # of a file or host name
+        except (OSError, ValueError):  # from load_ca() or encode()
             is_fine = False
         if not is_fine:
             fault = f"= {value!r} cannot work" if name in globals() else "is missing"
@@ -220,11 +220,11 @@ class Broker(Client):
             return
         watts = float(raw)
         # The broker sends its retained value at each login, however old it is.
-        # - A value never heard before is taken as new.
-        # - The last value changes nothing, so its age runs on.
+        # - A value never heard before (rounded to 10 W) is taken as new.
+        # - The last value (meter.watts) changes nothing, so its age runs on.
         # - An earlier one may be old or published again: nobody knows, so 0 W.
         if message.retain and round(watts / 10) in self.heard:
-            if watts != self.meter.watts:
+            if watts != self.meter.watts:  # an earlier one
                 self.meter.update(0.0)
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
             return
@@ -258,7 +258,7 @@ class Broker(Client):
 
     def on_connect_fail(self, _client, _userdata):
         """Say why the broker cannot be reached."""
-        error = sys.exc_info()[1]  # paho calls this while it handles the error
+        error = sys.exc_info()[1]  # paho calls this in its except block
         write, hint = log.warning, "trying again"
         if mqtt_tls and isinstance(error, (ssl.SSLError, ConnectionResetError)):
             write = log.error
@@ -266,7 +266,7 @@ class Broker(Client):
         say(self, write, f"cannot reach {self.name} ({error}): {hint}")
 
     def on_disconnect(self, _client, _userdata, _flags, reason, _properties):
-        """Say that the broker closed the connection; nothing where this script did."""
+        """Say that the connection broke; nothing where this script ended it."""
         if reason.is_failure and self.if_closed:
             say(self, log.warning, f"{self.name} {self.if_closed}")
 
@@ -290,8 +290,8 @@ def first_frame(data, no_noise_before):
         if 0 < size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
     # No size fits. All of data may still be one request to us, to be refused: another
-    # function, or a WRITE cut short (a READ always has 8 bytes). Not after noise: there
-    # this is called at every byte, and of so many CRCs one may be good by chance.
+    # function, or a WRITE cut short (a READ always has 8 bytes). Not in noise, where
+    # find_frames() tries every byte: of so many CRCs one may be good by chance.
     is_ours = unit == unit_id and 0 < function < 0x80 and function != READ
     if no_noise_before and is_ours and FramerRTU.compute_CRC(data) == 0:
         return data, False
@@ -301,7 +301,7 @@ def first_frame(data, no_noise_before):
 def find_frames(data):
     """Return all good frames in data as (frame, is an answer), and the bytes left."""
     frames, start, end = [], 0, 0  # end: of the last frame that was found
-    while start <= len(data) - 4:
+    while start <= len(data) - 4:  # 4 bytes: the shortest frame
         found = first_frame(data[start:], no_noise_before=(start == end))
         if found:
             frames.append(found)
@@ -312,15 +312,15 @@ def find_frames(data):
 
 class Refusal(ExceptionResponse):
     async def datastore_update(self, _context, _unit_id):
-        """Return itself: pymodbus sends what this returns for a request."""
+        """Return itself as the answer: pymodbus calls this on each decoded request."""
         return self
 
 
-class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to others
+class Line(FramerRTU):  # as FramerRTU loses requests to us, answers requests to others
     """The framer of all servers: finds the requests to us, and wrong serial settings.
 
-    A TICK without a byte ends a piece; a piece without a good frame is a misfit. Two
-    good frames, or one request to us, prove that the settings are right.
+    Bytes up to a TICK without one are a piece; a piece without a good frame is a
+    misfit. Two good frames, or one request to us, prove that the settings are right.
     """
 
     def __init__(self, meter):
@@ -340,8 +340,8 @@ class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to ot
     def begin(self):
         """Begin to listen with the settings."""
         self.left = b""  # the bytes that belong to no frame yet
-        # True: the first piece may begin amid a frame, so it is never a misfit.
-        self.piece_fits = True  # whether the present piece has had a good frame
+        # True at first: this piece may begin amid a frame and must not be a misfit.
+        self.piece_fits = True  # later: whether the present piece has had a good frame
         self.byte_came = True  # whether a byte came since the last TICK
         self.good_frames, self.misfits = 0, []  # misfits: times in s
         self.unanswered = None  # the open request, which buildFrame() has to answer
@@ -349,8 +349,8 @@ class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to ot
     def handleFrame(self, data, _unit_id, _transaction_id):
         """Take the bytes that came; return their number, and the open request or None.
 
-        - pymodbus answers a moment after a call that returned a request; if more bytes
-          come in that moment, it takes what the call with them returned: None loses it.
+        - pymodbus answers in a later step, with what the latest call returned: if more
+          bytes come before that step, a None for them would lose the open request.
         - So each call returns the request again, until it is answered or a frame comes.
         """
         self.byte_came, self.alive = True, True
@@ -384,7 +384,7 @@ class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to ot
         return pdu
 
     def buildFrame(self, answer):
-        """Return an answer's bytes; b"" where its request has been answered already."""
+        """Return an answer's bytes; b"" where its request is no longer open."""
         if not self.unanswered:
             return b""
         self.unanswered = None
@@ -470,7 +470,7 @@ def run_server(broker, line):
     try:
         serial.Serial(exclusive=True, **port).close()  # raises what pymodbus hides
         StartSerialServer(line.meter, trace_connect=on_adapter, **port)  # blocks
-    except (OSError, RuntimeError, termios.error) as error:  # args: text or errno, text
+    except (OSError, RuntimeError, termios.error) as error:  # (text,) or (errno, text)
         line.fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
 
 
@@ -481,13 +481,13 @@ def serve(broker, line):
     to_try = cycle([*(other for other in every if other != line.own), line.own])
     while not orders:
         run_server(broker, line)
-        if line.fault:
+        if line.fault:  # maybe the adapter cannot do the tried settings: back to own
             what = f"the adapter {serial_port} {line.fault}: trying every second"
             say("adapter", log.warning, what)
             look_after(broker, line)
             sleep(1)
             line.quiet_since = now()  # the heat pump could not read: 60 s begin anew
-            line.settings = line.settings if line.proven else line.own  # tries may fail
+            line.settings = line.settings if line.proven else line.own
         elif line.is_wrong():
             line.settings = next(to_try)
             if line.settings == line.own:  # all the others have been tried
