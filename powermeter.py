@@ -56,7 +56,7 @@ from pymodbus.simulator import DataType, SimData, SimDevice
 READ_TIMEOUT = 60  # s without a read after which the heat pump counts as not reading
 PATIENCE = 20  # s of bytes without a frame, after which other settings are tried
 TICK = 0.2  # s between two calls of look_after(); a longer pause in a frame splits it
-MAX_FRAME = 256  # bytes; find_frames() leaves at most so many
+MAX_FRAME = 256  # bytes, the longest frame; find_frames() keeps no more than that
 BAUDRATES = (19200, 9600, 38400, 115200, 57600, 4800, 2400, 1200)  # likely ones first
 SerialSettings = namedtuple("SerialSettings", "baudrate parity stopbits")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -88,7 +88,7 @@ def check_settings():
         return v.encode("idna") and v.count(":") != 1 and not set(v) & set("/[ \0")
 
     text, whole, number, login = (str,), (int,), (int, float), (str, int)
-    plain = set("+#\0").isdisjoint  # plain(v): v has none of these, as a topic must
+    plain = set("+#\0").isdisjoint  # plain(v): no wildcard and no NUL in v
     load_ca = ssl.create_default_context  # raises OSError for a file without a CA
     rows = (  # name, types, test (an error is a no as well), what it may be
         ("topic", text, lambda v: v and plain(v), "a topic without + and #"),
@@ -170,7 +170,7 @@ class Meter(SimDevice):
 
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
-        self.build_device = cache(self.build_device)  # else each server builds its own
+        self.build_device = cache(self.build_device)  # so all servers share one list
         _address, self.registers, _types = self.build_device()  # the list they all read
         self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
         self.baudrate = baudrate  # in use, bit/s; run_server() sets it
@@ -224,7 +224,7 @@ class Broker(Client):
         # - The last value (meter.watts) changes nothing, so its age runs on.
         # - An earlier one may be old or published again: nobody knows, so 0 W.
         if message.retain and round(watts / 10) in self.heard:
-            if watts != self.meter.watts:  # an earlier one
+            if watts != self.meter.watts:  # not the last one, but an earlier one
                 self.meter.update(0.0)
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
             return
@@ -283,7 +283,7 @@ def first_frame(data, no_noise_before):
     elif function == WRITE and len(data) >= 8:
         request, answer = 9 + data[6], 8  # data[6]: number of bytes to write
     elif function > 0x80 and third < 12:
-        answer = 5  # an exception, third is its code
+        answer = 5  # an exception, third is its code: 1 to 11
     # compute_CRC() is 0 over a frame with its CRC, and still 0 if zero bytes follow: a
     # short frame and zeros could pass as a long one. So the shorter size goes first.
     for size, is_answer in sorted([(request, False), (answer, True)]):  # tie: request
@@ -300,7 +300,7 @@ def first_frame(data, no_noise_before):
 
 def find_frames(data):
     """Return all good frames in data as (frame, is an answer), and the bytes left."""
-    frames, start, end = [], 0, 0  # end: of the last frame that was found
+    frames, start, end = [], 0, 0  # end: of the last frame; start > end: noise between
     while start <= len(data) - 4:  # 4 bytes: the shortest frame
         found = first_frame(data[start:], no_noise_before=(start == end))
         if found:
@@ -316,10 +316,10 @@ class Refusal(ExceptionResponse):
         return self
 
 
-class Line(FramerRTU):  # as FramerRTU loses requests to us, answers requests to others
+class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to others
     """The framer of all servers: finds the requests to us, and wrong serial settings.
 
-    Bytes up to a TICK without one are a piece; a piece without a good frame is a
+    Pauses of a TICK part the bytes into pieces; a piece without a good frame is a
     misfit. Two good frames, or one request to us, prove that the settings are right.
     """
 
@@ -357,7 +357,7 @@ class Line(FramerRTU):  # as FramerRTU loses requests to us, answers requests to
         frames, self.left = find_frames(self.left + data)
         for frame, is_answer in frames:
             unit, function = frame[0], frame[1]
-            self.unanswered = None  # for an open request it is too late now
+            self.unanswered = None  # a frame came after it: too late for an answer
             if is_answer:
                 self.answering.add(unit)
             elif unit == unit_id:
@@ -398,7 +398,7 @@ class Line(FramerRTU):  # as FramerRTU loses requests to us, answers requests to
         if is_gap or is_full:  # is_full may cut a frame in two, so only while unproven
             if self.left and not self.piece_fits:  # bytes came, no good frame: a misfit
                 recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
-                self.misfits = [*recent, now()]  # older ones do not count: rare noise
+                self.misfits = [*recent, now()]  # older than 3 PATIENCE: rare noise
             self.left, self.piece_fits = b"", False  # the next piece has no frame yet
 
     def is_wrong(self):
@@ -482,12 +482,12 @@ def serve(broker, line):
     while not orders:
         run_server(broker, line)
         if line.fault:  # maybe the adapter cannot do the tried settings: back to own
+            line.settings = line.settings if line.proven else line.own
             what = f"the adapter {serial_port} {line.fault}: trying every second"
             say("adapter", log.warning, what)
             look_after(broker, line)
             sleep(1)
             line.quiet_since = now()  # the heat pump could not read: 60 s begin anew
-            line.settings = line.settings if line.proven else line.own
         elif line.is_wrong():
             line.settings = next(to_try)
             if line.settings == line.own:  # all the others have been tried
