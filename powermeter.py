@@ -54,7 +54,7 @@ from pymodbus.server import ServerAsyncStop, StartSerialServer
 from pymodbus.simulator import DataType, SimData, SimDevice
 
 READ_TIMEOUT = 60  # s without a read after which the heat pump counts as not reading
-PATIENCE = 20  # s of bytes without a frame, after which other settings are tried
+PATIENCE = 20  # s in which bytes come but no good frame, then other settings are tried
 TICK = 0.2  # s between two calls of look_after(); a longer pause in a frame splits it
 MAX_FRAME = 256  # bytes, the longest frame; find_frames() keeps no more than that
 BAUDRATES = (19200, 9600, 38400, 115200, 57600, 4800, 2400, 1200)  # likely ones first
@@ -99,7 +99,7 @@ def check_settings():
         ("mqtt_tls", (bool,), lambda v: True, "True or False"),
         ("mqtt_ca_file", text, lambda v: not v or load_ca(cafile=v), "'' or a CA file"),
         ("max_age", number, lambda v: v >= 0, "a number of seconds, or 0"),
-        ("status_topic", text, lambda v: v != topic and plain(v), "a different topic"),
+        ("status_topic", text, lambda v: v != topic and plain(v), "another topic, no + #"),
         ("serial_port", text, lambda v: v and "\0" not in v, "the path of a device"),
         ("baudrate", whole, lambda v: v in BAUDRATES, sorted(BAUDRATES)),
         ("parity", text, lambda v: v in ("E", "O", "N"), "'E', 'O' or 'N'"),
@@ -114,7 +114,7 @@ def check_settings():
             is_fine = type(value) in types and can_work(value)  # True is no int here
         except (OSError, ValueError):  # from load_ca() or encode()
             is_fine = False
-        if not is_fine:
+        if not is_fine:  # like: unit_id = '60' cannot work in quotes, it may be: ...
             fault = f"= {value!r} cannot work" if name in globals() else "is missing"
             quotes = " in quotes" if type(value) is str and str not in types else ""
             print(f"{name} {fault}{quotes}, it may be: {allowed}", file=sys.stderr)
@@ -152,7 +152,7 @@ def refusal(request):
     if function not in (READ, WRITE):
         return ExcCodes.ILLEGAL_FUNCTION
     if function == READ:
-        wire_address, count = struct.unpack(">HH", request[1:])  # always 4 bytes here
+        wire_address, count = struct.unpack(">HH", request[1:])  # 4: see first_frame()
         fits = 1 <= count <= MAX_COUNT and wire_address + count <= REGISTERS
         return None if fits else ExcCodes.ILLEGAL_ADDRESS
     if len(request) < 6:  # cut short before its values begin
@@ -166,11 +166,11 @@ def refusal(request):
 
 
 class Meter(SimDevice):
-    """pymodbus's datastore: paho's thread writes the registers, servers read them."""
+    """pymodbus's datastore: paho's thread writes it, server after server reads it."""
 
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
-        self.build_device = cache(self.build_device)  # so all servers share one list
+        self.build_device = cache(self.build_device)  # every server calls it: one list
         _address, self.registers, _types = self.build_device()  # the list they all read
         self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
         self.baudrate = baudrate  # in use, bit/s; run_server() sets it
@@ -201,7 +201,7 @@ class Broker(Client):
         self.meter = meter
         self.name = f"the MQTT broker {mqtt_server}:{mqtt_port}"
         self.if_closed = ""  # what on_disconnect() says, "" = nothing
-        self.heard = set()  # all rest powers so far, in 10 W; see on_message()
+        self.heard = set()  # all rest powers so far, in units of 10 W; see on_message()
         self.last_status = ""  # the last that was published in this session
         self.reconnect_delay_set(1, 10)  # s between two tries
         self.username_pw_set(str(mqtt_username) or None, str(mqtt_password) or None)
@@ -300,7 +300,7 @@ def first_frame(data, no_noise_before):
 
 def find_frames(data):
     """Return all good frames in data as (frame, is an answer), and the bytes left."""
-    frames, start, end = [], 0, 0  # end: of the last frame; start > end: noise between
+    frames, start, end = [], 0, 0  # data[:end] is done; start > end: noise in between
     while start <= len(data) - 4:  # 4 bytes: the shortest frame
         found = first_frame(data[start:], no_noise_before=(start == end))
         if found:
@@ -340,8 +340,8 @@ class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to ot
     def begin(self):
         """Begin to listen with the settings."""
         self.left = b""  # the bytes that belong to no frame yet
-        # True at first: this piece may begin amid a frame and must not be a misfit.
-        self.piece_fits = True  # later: whether the present piece has had a good frame
+        # The first piece may begin amid a frame: taken as fitting, so it is no misfit.
+        self.piece_fits = True  # from the next on: whether it has had a good frame
         self.byte_came = True  # whether a byte came since the last TICK
         self.good_frames, self.misfits = 0, []  # misfits: times in s
         self.unanswered = None  # the open request, which buildFrame() has to answer
@@ -350,7 +350,7 @@ class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to ot
         """Take the bytes that came; return their number, and the open request or None.
 
         - pymodbus answers in a later step, with what the latest call returned: if more
-          bytes come before that step, a None for them would lose the open request.
+          bytes come before that step, returning None then would lose the open request.
         - So each call returns the request again, until it is answered or a frame comes.
         """
         self.byte_came, self.alive = True, True
@@ -398,7 +398,7 @@ class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to ot
         if is_gap or is_full:  # is_full may cut a frame in two, so only while unproven
             if self.left and not self.piece_fits:  # bytes came, no good frame: a misfit
                 recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
-                self.misfits = [*recent, now()]  # older than 3 PATIENCE: rare noise
+                self.misfits = [*recent, now()]  # the older ones were rare noise
             self.left, self.piece_fits = b"", False  # the next piece has no frame yet
 
     def is_wrong(self):
@@ -429,9 +429,9 @@ def look_after(broker, line):
         line.meter.update()
         line.end_piece()
         if line.proven and line.settings != line.own:
-            found = "the heat pump speaks {baudrate} bit/s 8{parity}{stopbits}: set "
-            found += 'baudrate = {baudrate}, parity = "{parity}", stopbits = {stopbits}'
-            say("found", log.info, found.format(**line.settings._asdict()))
+            form = "the heat pump speaks {baudrate} bit/s 8{parity}{stopbits}: set "
+            form += 'baudrate = {baudrate}, parity = "{parity}", stopbits = {stopbits}'
+            say("found", log.info, form.format(**line.settings._asdict()))
         reads = now() - line.last_read < READ_TIMEOUT
         status = "online" if reads else "no heat pump"
         if status_topic and broker.is_connected() and broker.last_status != status:
@@ -470,7 +470,7 @@ def run_server(broker, line):
     try:
         serial.Serial(exclusive=True, **port).close()  # raises what pymodbus hides
         StartSerialServer(line.meter, trace_connect=on_adapter, **port)  # blocks
-    except (OSError, RuntimeError, termios.error) as error:  # (text,) or (errno, text)
+    except (OSError, RuntimeError, termios.error) as error:  # args: [errno,] text
         line.fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
 
 
@@ -481,7 +481,7 @@ def serve(broker, line):
     to_try = cycle([*(other for other in every if other != line.own), line.own])
     while not orders:
         run_server(broker, line)
-        if line.fault:  # maybe the adapter cannot do the tried settings: back to own
+        if line.fault:  # maybe the adapter cannot do unproven settings: back to own
             line.settings = line.settings if line.proven else line.own
             what = f"the adapter {serial_port} {line.fault}: trying every second"
             say("adapter", log.warning, what)
