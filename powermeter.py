@@ -99,7 +99,7 @@ def check_settings():
         ("mqtt_tls", (bool,), lambda v: True, "True or False"),
         ("mqtt_ca_file", text, lambda v: not v or load_ca(cafile=v), "'' or a CA file"),
         ("max_age", number, lambda v: v >= 0, "a number of seconds, or 0"),
-        ("status_topic", text, lambda v: v != topic and plain(v), "another topic, no + #"),
+        ("status_topic", text, lambda v: v != topic and plain(v), "a different topic"),
         ("serial_port", text, lambda v: v and "\0" not in v, "the path of a device"),
         ("baudrate", whole, lambda v: v in BAUDRATES, sorted(BAUDRATES)),
         ("parity", text, lambda v: v in ("E", "O", "N"), "'E', 'O' or 'N'"),
@@ -152,7 +152,7 @@ def refusal(request):
     if function not in (READ, WRITE):
         return ExcCodes.ILLEGAL_FUNCTION
     if function == READ:
-        wire_address, count = struct.unpack(">HH", request[1:])  # 4: see first_frame()
+        wire_address, count = struct.unpack(">HH", request[1:])  # READ: always 4 bytes
         fits = 1 <= count <= MAX_COUNT and wire_address + count <= REGISTERS
         return None if fits else ExcCodes.ILLEGAL_ADDRESS
     if len(request) < 6:  # cut short before its values begin
@@ -340,8 +340,8 @@ class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to ot
     def begin(self):
         """Begin to listen with the settings."""
         self.left = b""  # the bytes that belong to no frame yet
-        # The first piece may begin amid a frame: taken as fitting, so it is no misfit.
-        self.piece_fits = True  # from the next on: whether it has had a good frame
+        # True at first: this piece may begin amid a frame and must not be a misfit.
+        self.piece_fits = True  # later: whether the present piece has had a good frame
         self.byte_came = True  # whether a byte came since the last TICK
         self.good_frames, self.misfits = 0, []  # misfits: times in s
         self.unanswered = None  # the open request, which buildFrame() has to answer
