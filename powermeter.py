@@ -222,9 +222,9 @@ class Broker(Client):
         # The broker sends its retained value at each login, however old it is.
         # - A value never heard before (rounded to 10 W) is taken as new.
         # - The last value (meter.watts) changes nothing, so its age runs on.
-        # - An earlier one may be old or published again: nobody knows, so 0 W.
+        # - Any other one may be old or published again: nobody knows, so 0 W.
         if message.retain and round(watts / 10) in self.heard:
-            if watts != self.meter.watts:  # not the last one, but an earlier one
+            if watts != self.meter.watts:  # not the last one: its age is unknown
                 self.meter.update(0.0)
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
             return
@@ -266,7 +266,7 @@ class Broker(Client):
         say(self, write, f"cannot reach {self.name} ({error}): {hint}")
 
     def on_disconnect(self, _client, _userdata, _flags, reason, _properties):
-        """Say that the connection broke; nothing where this script ended it."""
+        """Say that the connection broke; nothing where it was ended here or refused."""
         if reason.is_failure and self.if_closed:
             say(self, log.warning, f"{self.name} {self.if_closed}")
 
@@ -283,7 +283,7 @@ def first_frame(data, no_noise_before):
     elif function == WRITE and len(data) >= 8:
         request, answer = 9 + data[6], 8  # data[6]: number of bytes to write
     elif function > 0x80 and third < 12:
-        answer = 5  # an exception, third is its code: 1 to 11
+        answer = 5  # an exception, third is its code, below 12
     # compute_CRC() is 0 over a frame with its CRC, and still 0 if zero bytes follow: a
     # short frame and zeros could pass as a long one. So the shorter size goes first.
     for size, is_answer in sorted([(request, False), (answer, True)]):  # tie: request
@@ -349,9 +349,9 @@ class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to ot
     def handleFrame(self, data, _unit_id, _transaction_id):
         """Take the bytes that came; return their number, and the open request or None.
 
-        - pymodbus answers in a later step, with what the latest call returned: if more
-          bytes come before that step, returning None then would lose the open request.
-        - So each call returns the request again, until it is answered or a frame comes.
+        - pymodbus answers later, and only what the latest call returned: None for bytes
+          that come in between would lose the open request. So it is returned again.
+        - That cannot answer it twice: buildFrame() does so once; a new frame closes it.
         """
         self.byte_came, self.alive = True, True
         frames, self.left = find_frames(self.left + data)
