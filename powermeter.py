@@ -340,18 +340,18 @@ class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to ot
     def begin(self):
         """Begin to listen with the settings."""
         self.left = b""  # the bytes that belong to no frame yet
-        # True at first: this piece may begin amid a frame and must not be a misfit.
-        self.piece_fits = True  # later: whether the present piece has had a good frame
-        self.byte_came = True  # whether a byte came since the last TICK
+        # The first piece counts as fitting, as it may begin amid a frame.
+        self.piece_fits = True  # whether the present piece has had a good frame
+        self.byte_came = True  # since the last TICK; now True: the first TICK is no gap
         self.good_frames, self.misfits = 0, []  # misfits: times in s
         self.unanswered = None  # the open request, which buildFrame() has to answer
 
     def handleFrame(self, data, _unit_id, _transaction_id):
         """Take the bytes that came; return their number, and the open request or None.
 
-        - pymodbus answers later, and only what the latest call returned: None for bytes
-          that come in between would lose the open request. So it is returned again.
-        - That cannot answer it twice: buildFrame() does so once; a new frame closes it.
+        - pymodbus answers later, and only what the latest call returned. So each call
+          returns the open request again: a None in between would lose its answer.
+        - Yet it is answered once: buildFrame() closes it, as does any new frame.
         """
         self.byte_came, self.alive = True, True
         frames, self.left = find_frames(self.left + data)
