@@ -170,7 +170,7 @@ class Meter(SimDevice):
 
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
-        self.build_device = cache(self.build_device)  # every server calls it: one list
+        self.build_device = cache(self.build_device)  # not for speed: one list for all
         _address, self.registers, _types = self.build_device()  # the list they all read
         self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
         self.baudrate = baudrate  # in use, bit/s; run_server() sets it
@@ -394,7 +394,7 @@ class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to ot
         """Each TICK: end the piece if no byte came, or if noise leaves no gaps."""
         is_gap = not self.byte_came
         self.byte_came = False
-        is_full = not self.proven and len(self.left) == MAX_FRAME  # noise without gaps
+        is_full = not self.proven and len(self.left) >= MAX_FRAME  # noise without gaps
         if is_gap or is_full:  # is_full may cut a frame in two, so only while unproven
             if self.left and not self.piece_fits:  # bytes came, no good frame: a misfit
                 recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
