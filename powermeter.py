@@ -39,7 +39,7 @@ import sys
 import termios
 import threading
 from collections import namedtuple
-from functools import cache, partial
+from functools import partial
 from itertools import cycle
 from logging.handlers import QueueHandler, QueueListener
 from subprocess import DEVNULL, run
@@ -48,17 +48,19 @@ from time import CLOCK_BOOTTIME, clock_gettime, sleep
 import serial
 from paho.mqtt.client import CallbackAPIVersion, Client
 from pymodbus.constants import ExcCodes
-from pymodbus.framer import FRAMER_NAME_TO_CLASS, FramerRTU, FramerType
-from pymodbus.pdu import DecodePDU, ExceptionResponse
+from pymodbus.framer import FramerRTU
+from pymodbus.pdu import ExceptionResponse
 from pymodbus.server import ServerAsyncStop, StartSerialServer
+from pymodbus.server import base as pymodbus_server
 from pymodbus.simulator import DataType, SimData, SimDevice
 
 READ_TIMEOUT = 60  # s without a read after which the heat pump counts as not reading
 PATIENCE = 20  # s in which bytes come but no good frame, then other settings are tried
-TICK = 0.2  # s between two calls of look_after(); a longer pause in a frame splits it
-MAX_FRAME = 256  # bytes, the longest frame; find_frames() keeps no more than that
+TICK = 0.2  # s between two calls of look_after(); so long a pause ends a burst too
+MIN_FRAME, MAX_FRAME = 4, 256  # bytes, the shortest and the longest frame
 BAUDRATES = (19200, 9600, 38400, 115200, 57600, 4800, 2400, 1200)  # likely ones first
 SerialSettings = namedtuple("SerialSettings", "baudrate parity stopbits")
+ALL_SETTINGS = [SerialSettings(b, p, 1) for b in BAUDRATES for p in "ENO"]
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 # A plain number; float() alone would take nan, 1_000 and other alphabets' digits too.
 NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
@@ -170,12 +172,16 @@ class Meter(SimDevice):
 
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
-        self.build_device = cache(self.build_device)  # not for speed: one list for all
-        _address, self.registers, _types = self.build_device()  # the list they all read
+        self.built = super().build_device()
+        _address, self.registers, _types = self.built
         self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
         self.baudrate = baudrate  # in use, bit/s; run_server() sets it
         self.too_old = False  # whether 0 W are served, as the rest power is too old
         self.update(0.0)
+
+    def build_device(self):
+        """Return (address, registers, types) to a new server: to all the same lists."""
+        return self.built
 
     def update(self, watts=None):
         """Write the registers for watts (None: for the last ones), 0 W if too old."""
@@ -219,12 +225,9 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        # The broker sends its retained value at each login, however old it is.
-        # - A value never heard before (rounded to 10 W) is taken as new.
-        # - The last value (meter.watts) changes nothing, so its age runs on.
-        # - Any other one may be old or published again: nobody knows, so 0 W.
         if message.retain and round(watts / 10) in self.heard:
-            if watts != self.meter.watts:  # not the last one: its age is unknown
+            # The broker sends it again at each login, and nobody knows how old it is.
+            if watts != self.meter.watts:  # the last value may stay: its age runs on
                 self.meter.update(0.0)
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
             return
@@ -272,141 +275,82 @@ class Broker(Client):
 
 
 # -------- Modbus: frames, by the Modbus Application Protocol V1.1b3, chapter 6 --------
-def first_frame(data, no_noise_before):
+def first_frame(data):
     """Return (frame, is an answer) of the good frame that data begins with, or None."""
-    unit, function, third = data[:3]
-    request, answer = 0, 0  # size as a request, as an answer; 0 = it cannot be one
+    function, third = data[1], data[2]
+    sizes = []  # in bytes, each with whether it is that of an answer
     if function in (1, 2, 3, 4):
-        request, answer = 8, 5 + third  # third: number of data bytes
+        sizes = [(8, False), (5 + third, True)]  # third: number of data bytes
     elif function in (5, 6):
-        request, answer = 8, 8  # the very same bytes: taken as a request
-    elif function == WRITE and len(data) >= 8:
-        request, answer = 9 + data[6], 8  # data[6]: number of bytes to write
+        sizes = [(8, False)]  # an answer is the very same bytes
+    elif function == WRITE and len(data) > 6:
+        sizes = [(8, True), (9 + data[6], False)]  # data[6]: number of bytes to write
     elif function > 0x80 and third < 12:
-        answer = 5  # an exception, third is its code, below 12
+        sizes = [(5, True)]  # an exception; third is its code, below 12
     # compute_CRC() is 0 over a frame with its CRC, and still 0 if zero bytes follow: a
     # short frame and zeros could pass as a long one. So the shorter size goes first.
-    for size, is_answer in sorted([(request, False), (answer, True)]):  # tie: request
-        if 0 < size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
+    for size, is_answer in sorted(sizes):  # of two equal ones the request (False)
+        if size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
-    # No size fits. All of data may still be one request to us, to be refused: another
-    # function, or a WRITE cut short (a READ always has 8 bytes). Not in noise, where
-    # find_frames() tries every byte: of so many CRCs one may be good by chance.
-    is_ours = unit == unit_id and 0 < function < 0x80 and function != READ
-    if no_noise_before and is_ours and FramerRTU.compute_CRC(data) == 0:
-        return data, False
     return None
+
+
+def is_odd_request(data):
+    """Return whether all of data is a request to us of unknown size, or a cut WRITE."""
+    if len(data) < MIN_FRAME or data[0] != unit_id or FramerRTU.compute_CRC(data) != 0:
+        return False
+    return 0 < data[1] < 0x80 and data[1] != READ  # a READ always has 8 bytes
 
 
 def find_frames(data):
     """Return all good frames in data as (frame, is an answer), and the bytes left."""
-    frames, start, end = [], 0, 0  # data[:end] is done; start > end: noise in between
-    while start <= len(data) - 4:  # 4 bytes: the shortest frame
-        found = first_frame(data[start:], no_noise_before=(start == end))
+    frames = []
+    start = 0  # where the next frame is looked for
+    end = 0  # where the last good frame ended
+    while len(data) - start >= MIN_FRAME:
+        found = first_frame(data[start:])
         if found:
             frames.append(found)
-            end = start + len(found[0])
-        start = end if found else start + 1  # noise may come before a frame
-    return frames, data[end:][-MAX_FRAME:]
+            start = end = start + len(found[0])
+        else:
+            start += 1  # noise may come before a frame
+    left = data[end:]
+    if is_odd_request(left):
+        return [*frames, (left, False)], b""
+    return frames, left[-MAX_FRAME:]
 
 
-class Refusal(ExceptionResponse):
-    async def datastore_update(self, _context, _unit_id):
-        """Return itself as the answer: pymodbus calls this on each decoded request."""
-        return self
-
-
-class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to others
-    """The framer of all servers: finds the requests to us, and wrong serial settings.
-
-    Pauses of a TICK part the bytes into pieces; a piece without a good frame is a
-    misfit. Two good frames, or one request to us, prove that the settings are right.
-    """
+# ---------------- Modbus: the line, and a handler for each server on it ----------------
+class Line:
+    """What is known of the line and of the heat pump; it outlives the servers."""
 
     def __init__(self, meter):
-        super().__init__(DecodePDU(is_server=True))
-        self.MAX_SIZE = 4096  # if more bytes wait, pymodbus drops all; its default: 264
         self.meter = meter
         self.own = SerialSettings(baudrate, parity, stopbits)  # of the settings block
-        self.settings = self.own  # serve() tries others where they are wrong
-        self.is_open, self.fault = False, ""  # of the adapter; fault "" = none
-        self.proven, self.alive = False, False  # settings are right; any byte came
+        self.settings = self.own  # in use
+        others = [one for one in ALL_SETTINGS if one != self.own]
+        self.to_try = cycle([*others, self.own])  # where those in use are wrong
+        self.proven = False  # whether those in use are right; then they stay for good
+        self.fault = ""  # of the adapter, "" = none
+        self.alive = False  # whether any byte came
         self.last_read = -READ_TIMEOUT  # s; below 0 = never
         self.quiet_since = now()  # s; "has not read for 60 s" is counted from here
         self.refused = b""  # the first request to us that was refused
         self.asked, self.answering = set(), set()  # unit ids of others
-        self.begin()
 
-    def begin(self):
-        """Begin to listen with the settings."""
-        self.left = b""  # the bytes that belong to no frame yet
-        # The first piece counts as fitting, as it may begin amid a frame.
-        self.piece_fits = True  # whether the present piece has had a good frame
-        self.byte_came = True  # since the last TICK; now True: the first TICK is no gap
-        self.good_frames, self.misfits = 0, []  # misfits: times in s
-        self.unanswered = None  # the open request, which buildFrame() has to answer
+    def note(self, frame, is_answer):
+        """Note which other units are asked as a meter would be, and which answer."""
+        unit, function = frame[0], frame[1]
+        if is_answer:
+            self.answering.add(unit)
+        elif function in (3, 4) and 0 < unit < 248 and unit != unit_id:
+            self.asked.add(unit)
 
-    def handleFrame(self, data, _unit_id, _transaction_id):
-        """Take the bytes that came; return their number, and the open request or None.
-
-        - pymodbus answers later, and only what the latest call returned. So each call
-          returns the open request again: a None in between would lose its answer.
-        - Yet it is answered once: buildFrame() closes it, as does any new frame.
-        """
-        self.byte_came, self.alive = True, True
-        frames, self.left = find_frames(self.left + data)
-        for frame, is_answer in frames:
-            unit, function = frame[0], frame[1]
-            self.unanswered = None  # a frame came after it: too late for an answer
-            if is_answer:
-                self.answering.add(unit)
-            elif unit == unit_id:
-                self.unanswered = self.take_request(frame[1:-2])
-            elif function in (3, 4) and 0 < unit < 248:  # a read as for a meter
-                self.asked.add(unit)
-            if function < 0x80:  # exceptions prove nothing: 5 bytes may be chance
-                self.piece_fits, self.misfits = True, []
-                self.good_frames += 1
-        self.proven = self.proven or self.good_frames > 1  # or by take_request()
-        return len(data), self.unanswered
-
-    def take_request(self, request):
-        """Return the PDU of a request (from its function code on), or its Refusal."""
-        self.proven = True
-        self.meter.update()  # before each answer, so that no value too old goes out
-        code = refusal(request)
-        if code:
-            self.refused = self.refused or request
-        elif request[0] == READ:
-            self.last_read = self.quiet_since = now()
-        pdu = Refusal(request[0], code) if code else self.decoder.decode(request)
-        pdu.dev_id = unit_id
-        return pdu
-
-    def buildFrame(self, answer):
-        """Return an answer's bytes; b"" where its request is no longer open."""
-        if not self.unanswered:
-            return b""
-        self.unanswered = None
-        return super().buildFrame(answer)
-
-    def end_piece(self):
-        """Each TICK: end the piece if no byte came, or if noise leaves no gaps."""
-        is_gap = not self.byte_came
-        self.byte_came = False
-        is_full = not self.proven and len(self.left) >= MAX_FRAME  # noise without gaps
-        if is_gap or is_full:  # is_full may cut a frame in two, so only while unproven
-            if self.left and not self.piece_fits:  # bytes came, no good frame: a misfit
-                recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
-                self.misfits = [*recent, now()]  # the older ones were rare noise
-            self.left, self.piece_fits = b"", False  # the next piece has no frame yet
-
-    def is_wrong(self):
-        """Return whether misfits span PATIENCE; for other settings, one is enough."""
-        if self.proven or not self.misfits:
-            return False
-        patience = PATIENCE if self.settings == self.own else 0  # s; 0: one is enough
-        return self.misfits[-1] - self.misfits[0] >= patience
+    def try_others(self):
+        """Choose the settings for the next server."""
+        self.settings = next(self.to_try)
+        if self.settings == self.own:  # all the others have been tried
+            say("round", log.warning, "no serial settings fit: swap A and B")
 
     def diagnosis(self):
         """Return a sentence on why the heat pump does not read."""
@@ -419,7 +363,8 @@ class Line(FramerRTU):  # FramerRTU loses requests to us and answers those to ot
             (self.alive, "no frame fits: trying other serial settings; swap A and B?"),
             (True, "nothing came: check wires A and B, adapter, the pump's settings"),
         )
-        return next(sentence for is_true, sentence in reasons if is_true)
+        reason = next(text for is_true, text in reasons if is_true)
+        return f"the heat pump has not read for {READ_TIMEOUT} s: {reason}"
 
 
 def look_after(broker, line):
@@ -427,7 +372,6 @@ def look_after(broker, line):
     try:
         broker.loop_start()  # starts paho's thread, also where an error has ended it
         line.meter.update()
-        line.end_piece()
         if line.proven and line.settings != line.own:
             form = "the heat pump speaks {baudrate} bit/s 8{parity}{stopbits}: set "
             form += 'baudrate = {baudrate}, parity = "{parity}", stopbits = {stopbits}'
@@ -440,58 +384,114 @@ def look_after(broker, line):
         if reads:
             say("heat pump", log.info, f"the heat pump reads the meter, unit {unit_id}")
         elif now() - line.quiet_since >= READ_TIMEOUT:
-            quiet = f"the heat pump has not read for {READ_TIMEOUT} s"
-            say("heat pump", log.warning, f"{quiet}: {line.diagnosis()}")
+            say("heat pump", log.warning, line.diagnosis())
     except Exception as error:  # noqa: BLE001, the line has to be answered all the same
         say("error", log.exception, f"going on after an error: {error!r}")
 
 
-def run_server(broker, line):
-    """Open the adapter; on_adapter() then starts attend(), which ends the server."""
+class Handler(pymodbus_server.ServerRequestHandler):
+    """A server's handler: answers requests to us, and notices wrong serial settings.
 
-    async def attend():  # the only caller of ServerAsyncStop(): a second would raise
-        while line.is_open and not line.is_wrong() and not orders:
-            look_after(broker, line)
+    pymodbus's own would lose some of them, and answer those to others too.
+    """
+
+    def __init__(self, broker, line, *of_pymodbus):
+        super().__init__(*of_pymodbus)
+        self.max_buffer_size = 1024  # bytes in one read; of over 264 it would drop all
+        self.broker, self.line = broker, line
+        self.left = b""  # the bytes that belong to no frame yet
+        self.byte_came = False  # since the last TICK
+        # A burst is what comes without a pause of a TICK; one without a good frame is a
+        # misfit. The first may begin amid a frame, so it counts as fitting.
+        self.burst_fits = True  # whether a good frame has come in the present burst
+        self.good_frames = 0  # in all bursts; two prove the serial settings
+        self.misfits = []  # their times, s
+        self.patience = PATIENCE if line.settings == line.own else 0  # s
+        self.is_wrong = False  # misfits span the patience (0: one does): try others
+
+    def callback_connected(self):
+        """Begin to look after all; pymodbus calls this when the adapter is open."""
+        say("adapter", log.info, f"the meter is on the line: {serial_port}")
+        # pyserial turns the check of parity off: bytes with a wrong one would pass
+        run(["stty", "-F", serial_port, "inpck"], stderr=DEVNULL, check=False)
+        asyncio.create_task(self.attend())
+
+    async def attend(self):
+        """Look after all each TICK; end the server when it has to end."""
+        while self.is_active() and not self.is_wrong and not orders:
+            look_after(self.broker, self.line)
             await asyncio.sleep(TICK)
-        line.fault = "" if line.is_open else "is not there"  # not open: it got lost
+            self.judge_burst()
+        self.line.fault = "" if self.is_active() else "is not there"
+        if self.is_wrong:
+            self.line.try_others()
         await ServerAsyncStop()
 
-    def on_adapter(is_open):  # called when the server has opened or lost it
-        line.is_open = is_open
-        if is_open:
-            line.begin()
-            asyncio.create_task(attend())
-            say("adapter", log.info, f"the meter is on the line: {serial_port}")
-            # pyserial turns the check of parity off: bytes with a wrong one would pass
-            run(["stty", "-F", serial_port, "inpck"], stderr=DEVNULL, check=False)
+    def callback_data(self, data, addr=None):
+        """Take all bytes that came; answer if the last frame in them is for us."""
+        self.byte_came = self.line.alive = True
+        frames, self.left = find_frames(self.left + data)
+        for frame, is_answer in frames:
+            self.line.note(frame, is_answer)
+            if frame[1] < 0x80:  # exceptions prove nothing: 5 bytes may be chance
+                self.good_frames += 1
+                self.line.proven |= self.good_frames > 1
+                self.burst_fits, self.misfits = True, []
+        if frames:
+            frame, is_answer = frames[-1]  # for those before, an answer comes too late
+            if frame[0] == unit_id and not is_answer:
+                self.answer(frame[1:-2])
+        return len(data)
 
-    line.meter.baudrate = line.settings.baudrate
-    port = {"port": serial_port, **line.settings._asdict()}
-    try:
-        serial.Serial(exclusive=True, **port).close()  # raises what pymodbus hides
-        StartSerialServer(line.meter, trace_connect=on_adapter, **port)  # blocks
-    except (OSError, RuntimeError, termios.error) as error:  # args: [errno,] text
-        line.fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
+    def answer(self, request):
+        """Answer a request to us (from its function code on, without the CRC)."""
+        self.line.proven = True  # a request to us proves the serial settings
+        self.line.meter.update()  # before each answer, so that no value too old goes out
+        code = refusal(request)
+        if code:
+            self.line.refused = self.line.refused or request
+            self.pdu_send(ExceptionResponse(request[0], code, unit_id))
+            return
+        if request[0] == READ:
+            self.line.last_read = self.line.quiet_since = now()
+        self.last_pdu = self.framer.decoder.decode(request)
+        self.last_pdu.dev_id = unit_id
+        asyncio.create_task(self.handle_request())  # pymodbus's: it answers last_pdu
+
+    def judge_burst(self):
+        """Each TICK: judge the burst if a pause has ended it, or noise makes it long."""
+        is_pause = not self.byte_came
+        self.byte_came = False
+        if is_pause or len(self.left) >= MAX_FRAME:
+            if self.left and not self.burst_fits and not self.line.proven:  # a misfit
+                recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
+                self.misfits = [*recent, now()]  # the older ones were rare noise
+                self.is_wrong = now() - self.misfits[0] >= self.patience
+            self.burst_fits = False
+        if is_pause:
+            self.left = b""
 
 
 def serve(broker, line):
-    """Run server after server until the stop, with other settings after wrong ones."""
-    FRAMER_NAME_TO_CLASS[FramerType.RTU] = lambda _decoder: line  # each server's framer
-    every = [SerialSettings(rate, letter, 1) for rate in BAUDRATES for letter in "ENO"]
-    to_try = cycle([*(other for other in every if other != line.own), line.own])
+    """Run server after server until the stop, each with the line's present settings."""
+    # By this name pymodbus makes a handler for each server: from now on, ours.
+    pymodbus_server.ServerRequestHandler = partial(Handler, broker, line)
     while not orders:
-        run_server(broker, line)
-        if line.fault:  # maybe the adapter cannot do unproven settings: back to own
-            line.settings = line.settings if line.proven else line.own
+        line.meter.baudrate = line.settings.baudrate
+        port = {"port": serial_port, **line.settings._asdict()}
+        try:
+            serial.Serial(exclusive=True, **port).close()  # raises what pymodbus hides
+            StartSerialServer(line.meter, **port)  # blocks until attend() ends it
+        except (OSError, RuntimeError, termios.error) as error:  # args: [errno,] text
+            line.fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
+        if line.fault:
+            if not line.proven:  # maybe the adapter cannot do these
+                line.settings = line.own
             what = f"the adapter {serial_port} {line.fault}: trying every second"
             say("adapter", log.warning, what)
             look_after(broker, line)
             sleep(1)
             line.quiet_since = now()  # the heat pump could not read: 60 s begin anew
-        elif line.is_wrong():
-            line.settings = next(to_try)
-            if line.settings == line.own:  # all the others have been tried
-                say("round", log.warning, "no serial settings fit: swap A and B")
 
 
 def main():

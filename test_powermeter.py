@@ -1320,7 +1320,7 @@ def test_frames_in_pieces_fit_and_settings_that_answer_are_not_left_any_more(rig
     assert fits(POLL[3:], 3)  # whose beginning went to the settings before
     assert fits(POLL_9[:3], 1)
     assert fits(POLL_9[3:], 3)
-    assert fits(b"noise")  # it is seen, and the settings are left at the next look
+    assert fits(b"noise", 1)  # without a pause of a TICK behind it, which would end it
     assert line.ask(POLL)[:3] == b"\x3c\x03\x1c"
     assert fits(b"")
     assert line.ask(POLL)[:3] == b"\x3c\x03\x1c"
