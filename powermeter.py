@@ -15,7 +15,7 @@ mqtt_password = ""  # its password; "" = without
 mqtt_tls = False  # True = encrypted, and the broker's certificate is verified
 mqtt_ca_file = ""  # CA file for a broker's own certificate; "" = the system's CAs
 max_age = 300  # s, a value older than that is served as 0 W; 0 = no limit
-status_topic = ""  # here it publishes whether the heat pump reads; "" = nowhere
+status_topic = ""  # the script publishes here if the heat pump reads; "" = nowhere
 
 serial_port = "/dev/ttyUSB0"  # the adapter; better its name in /dev/serial/by-id/
 baudrate = 19200  # bit/s; the heat pump's own is found, this is only tried first
@@ -55,8 +55,8 @@ from pymodbus.server import base as pymodbus_server
 from pymodbus.simulator import DataType, SimData, SimDevice
 
 READ_TIMEOUT = 60  # s without a read after which the heat pump counts as not reading
-PATIENCE = 20  # s in which bytes come but no good frame, then other settings are tried
-TICK = 0.2  # s between two calls of look_after(); so long a pause ends a burst too
+PATIENCE = 20  # s of bytes without a good frame until other settings are tried
+TICK = 0.2  # s between two calls of look_after(); a pause this long ends a burst
 MIN_FRAME, MAX_FRAME = 4, 256  # bytes, the shortest and the longest frame
 BAUDRATES = (19200, 9600, 38400, 115200, 57600, 4800, 2400, 1200)  # likely ones first
 SerialSettings = namedtuple("SerialSettings", "baudrate parity stopbits")
@@ -86,7 +86,7 @@ def say(subject, write, text):
 def check_settings():
     """End the script with status 2 and one line where a setting cannot work."""
 
-    def is_host(v):  # encode() raises if it cannot be one; a single ":" starts a port
+    def is_host(v):  # encode() raises on a bad name; one ":" is a port, more are IPv6
         return v.encode("idna") and v.count(":") != 1 and not set(v) & set("/[ \0")
 
     text, whole, number, login = (str,), (int,), (int, float), (str, int)
@@ -125,7 +125,7 @@ def check_settings():
 
 # ------------------- The meter: Saia-Burgess ALE3, datasheet 26-527 -------------------
 VOLTAGE, MAX_WATTS = 230, 327670  # V, W; R51 holds at most 32767 times 10 W
-REGISTERS, MAX_COUNT = 52, 20  # of the meter, and at most in one read
+REGISTERS, MAX_COUNT = 52, 20  # how many it has, and how many at most in one read
 READ, WRITE = 3, 16  # its function codes: Read Holding and Write Multiple Registers
 
 
@@ -162,29 +162,29 @@ def refusal(request):
     wire_address, count, byte_count = struct.unpack(">HHB", request[1:6])
     if count == 0 or byte_count != 2 * count or byte_count != len(request) - 6:
         return ExcCodes.ILLEGAL_VALUE
-    if (wire_address + 1, count) not in ((30, 2), (34, 2)):  # counters R30-31, R34-35
+    if (wire_address + 1, count) not in ((30, 2), (34, 2)):  # R30-31, R34-35; R1 is 0
         return ExcCodes.ILLEGAL_ADDRESS
     return ExcCodes.ILLEGAL_VALUE if any(request[6:]) else None  # only zeros: a reset
 
 
 class Meter(SimDevice):
-    """pymodbus's datastore: paho's thread writes it, server after server reads it."""
+    """pymodbus's datastore: paho's thread writes it, each server in turn reads it."""
 
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
         self.built = super().build_device()
         _address, self.registers, _types = self.built
         self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
-        self.baudrate = baudrate  # in use, bit/s; run_server() sets it
+        self.baudrate = baudrate  # in use, bit/s; serve() sets it
         self.too_old = False  # whether 0 W are served, as the rest power is too old
         self.update(0.0)
 
     def build_device(self):
-        """Return (address, registers, types) to a new server: to all the same lists."""
+        """Return (address, registers, types): to each new server the same lists."""
         return self.built
 
     def update(self, watts=None):
-        """Write the registers for watts (None: for the last ones), 0 W if too old."""
+        """Write the registers for watts (None: the last value again), 0 W if too old."""
         with self.lock:
             if watts is not None:
                 self.watts, self.arrival = watts, now()
@@ -207,7 +207,7 @@ class Broker(Client):
         self.meter = meter
         self.name = f"the MQTT broker {mqtt_server}:{mqtt_port}"
         self.if_closed = ""  # what on_disconnect() says, "" = nothing
-        self.heard = set()  # all rest powers so far, in units of 10 W; see on_message()
+        self.heard = set()  # all rest powers so far, in 10 W: a retained one may be old
         self.last_status = ""  # the last that was published in this session
         self.reconnect_delay_set(1, 10)  # s between two tries
         self.username_pw_set(str(mqtt_username) or None, str(mqtt_password) or None)
@@ -226,8 +226,8 @@ class Broker(Client):
             return
         watts = float(raw)
         if message.retain and round(watts / 10) in self.heard:
-            # The broker sends it again at each login, and nobody knows how old it is.
-            if watts != self.meter.watts:  # the last value may stay: its age runs on
+            # Heard before, maybe sent again at a login: nobody knows how old it is.
+            if watts != self.meter.watts:  # else it stays served, and its age runs on
                 self.meter.update(0.0)
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
             return
@@ -278,7 +278,7 @@ class Broker(Client):
 def first_frame(data):
     """Return (frame, is an answer) of the good frame that data begins with, or None."""
     function, third = data[1], data[2]
-    sizes = []  # in bytes, each with whether it is that of an answer
+    sizes = []  # (bytes, is an answer) of each frame that it could be
     if function in (1, 2, 3, 4):
         sizes = [(8, False), (5 + third, True)]  # third: number of data bytes
     elif function in (5, 6):
@@ -296,10 +296,10 @@ def first_frame(data):
 
 
 def is_odd_request(data):
-    """Return whether all of data is a request to us of unknown size, or a cut WRITE."""
+    """Return whether all of data is a request to us that first_frame() cannot size."""
     if len(data) < MIN_FRAME or data[0] != unit_id or FramerRTU.compute_CRC(data) != 0:
         return False
-    return 0 < data[1] < 0x80 and data[1] != READ  # a READ always has 8 bytes
+    return 0 < data[1] < 0x80 and data[1] != READ  # a READ has 8 bytes
 
 
 def find_frames(data):
@@ -315,7 +315,7 @@ def find_frames(data):
         else:
             start += 1  # noise may come before a frame
     left = data[end:]
-    if is_odd_request(left):
+    if is_odd_request(left):  # of unknown size, so it can only be the whole rest
         return [*frames, (left, False)], b""
     return frames, left[-MAX_FRAME:]
 
@@ -329,7 +329,7 @@ class Line:
         self.own = SerialSettings(baudrate, parity, stopbits)  # of the settings block
         self.settings = self.own  # in use
         others = [one for one in ALL_SETTINGS if one != self.own]
-        self.to_try = cycle([*others, self.own])  # where those in use are wrong
+        self.to_try = cycle([*others, self.own])  # the next, if those in use are wrong
         self.proven = False  # whether those in use are right; then they stay for good
         self.fault = ""  # of the adapter, "" = none
         self.alive = False  # whether any byte came
@@ -397,17 +397,17 @@ class Handler(pymodbus_server.ServerRequestHandler):
 
     def __init__(self, broker, line, *of_pymodbus):
         super().__init__(*of_pymodbus)
-        self.max_buffer_size = 1024  # bytes in one read; of over 264 it would drop all
+        self.max_buffer_size = 1024  # bytes, of one read; longer ones it drops; was 264
         self.broker, self.line = broker, line
         self.left = b""  # the bytes that belong to no frame yet
+        # A burst is what comes without a pause of a TICK; without a good frame it is a
+        # misfit. The first one is none, as it may begin amid a frame.
         self.byte_came = False  # since the last TICK
-        # A burst is what comes without a pause of a TICK; one without a good frame is a
-        # misfit. The first may begin amid a frame, so it counts as fitting.
-        self.burst_fits = True  # whether a good frame has come in the present burst
+        self.frame_came = True  # a good one, in this burst; at first True: no misfit
         self.good_frames = 0  # in all bursts; two prove the serial settings
         self.misfits = []  # their times, s
-        self.patience = PATIENCE if line.settings == line.own else 0  # s
-        self.is_wrong = False  # misfits span the patience (0: one does): try others
+        self.patience = PATIENCE if line.settings == line.own else 0  # s; 0: one misfit
+        self.is_wrong = False  # misfits went on for so long: attend() ends the server
 
     def callback_connected(self):
         """Begin to look after all; pymodbus calls this when the adapter is open."""
@@ -436,9 +436,9 @@ class Handler(pymodbus_server.ServerRequestHandler):
             if frame[1] < 0x80:  # exceptions prove nothing: 5 bytes may be chance
                 self.good_frames += 1
                 self.line.proven |= self.good_frames > 1
-                self.burst_fits, self.misfits = True, []
+                self.frame_came, self.misfits = True, []
         if frames:
-            frame, is_answer = frames[-1]  # for those before, an answer comes too late
+            frame, is_answer = frames[-1]  # it is too late to answer those before
             if frame[0] == unit_id and not is_answer:
                 self.answer(frame[1:-2])
         return len(data)
@@ -459,33 +459,33 @@ class Handler(pymodbus_server.ServerRequestHandler):
         asyncio.create_task(self.handle_request())  # pymodbus's: it answers last_pdu
 
     def judge_burst(self):
-        """Each TICK: judge the burst if a pause has ended it, or noise makes it long."""
+        """Each TICK: judge the burst if a pause has ended it, or noise has filled left."""
         is_pause = not self.byte_came
         self.byte_came = False
         if is_pause or len(self.left) >= MAX_FRAME:
-            if self.left and not self.burst_fits and not self.line.proven:  # a misfit
+            if self.left and not self.frame_came and not self.line.proven:  # a misfit
                 recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
                 self.misfits = [*recent, now()]  # the older ones were rare noise
                 self.is_wrong = now() - self.misfits[0] >= self.patience
-            self.burst_fits = False
+            self.frame_came = False  # in the next burst
         if is_pause:
             self.left = b""
 
 
 def serve(broker, line):
     """Run server after server until the stop, each with the line's present settings."""
-    # By this name pymodbus makes a handler for each server: from now on, ours.
+    # pymodbus looks its handler's class up by this name for each server: now ours.
     pymodbus_server.ServerRequestHandler = partial(Handler, broker, line)
     while not orders:
         line.meter.baudrate = line.settings.baudrate
         port = {"port": serial_port, **line.settings._asdict()}
         try:
             serial.Serial(exclusive=True, **port).close()  # raises what pymodbus hides
-            StartSerialServer(line.meter, **port)  # blocks until attend() ends it
+            StartSerialServer(line.meter, **port)  # until attend() ends it, sets fault
         except (OSError, RuntimeError, termios.error) as error:  # args: [errno,] text
             line.fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
         if line.fault:
-            if not line.proven:  # maybe the adapter cannot do these
+            if not line.proven:  # maybe the adapter cannot do the tried ones
                 line.settings = line.own
             what = f"the adapter {serial_port} {line.fault}: trying every second"
             say("adapter", log.warning, what)
@@ -499,7 +499,7 @@ def main():
     check_settings()
     for number in (signal.SIGINT, signal.SIGTERM):  # KeyboardInterrupt could get lost
         signal.signal(number, lambda *_: orders.append("stop"))
-    # Ctrl-S in the terminal stops only the listener's thread; a full queue drops lines.
+    # Ctrl-S in the terminal then stops only the listener; a full queue drops lines.
     lines, layout = queue.Queue(1000), "%(asctime)s %(levelname)s %(message)s"
     QueueListener(lines, logging.StreamHandler(sys.stdout)).start()
     logging.basicConfig(level=log_level, handlers=[QueueHandler(lines)], format=layout)
