@@ -1,6 +1,6 @@
 """Viessmann's energy meter, a rebranded Saia-Burgess ALE3, emulated on RS-485.
 
-    restPower = hpPower - gridPower      in W; gridPower < 0: power goes to the grid
+    restPower = hpPower - gridPower    W left for the heat pump; gridPower < 0: feed-in
     MQTT broker -> Broker.on_message -> Meter.registers -> pymodbus -> heat pump
 
 Edit the settings, then start it in the README's environment: python3 powermeter.py
@@ -86,7 +86,7 @@ def say(subject, write, text):
 def check_settings():
     """End the script with status 2 and one line where a setting cannot work."""
 
-    def is_host(v):  # encode() raises on a bad name; one ":" is a port, more are IPv6
+    def is_host(v):  # a bad name: encode() raises; host:port has one ":", IPv6 has more
         return v.encode("idna") and v.count(":") != 1 and not set(v) & set("/[ \0")
 
     text, whole, number, login = (str,), (int,), (int, float), (str, int)
@@ -172,7 +172,7 @@ class Meter(SimDevice):
 
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
-        self.built = super().build_device()
+        self.built = super().build_device()  # once, for all servers
         _address, self.registers, _types = self.built
         self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
         self.baudrate = baudrate  # in use, bit/s; serve() sets it
@@ -207,7 +207,7 @@ class Broker(Client):
         self.meter = meter
         self.name = f"the MQTT broker {mqtt_server}:{mqtt_port}"
         self.if_closed = ""  # what on_disconnect() says, "" = nothing
-        self.heard = set()  # all rest powers so far, in 10 W: a retained one may be old
+        self.heard = set()  # all rest powers so far, rounded to 10 W: 65,535 at most
         self.last_status = ""  # the last that was published in this session
         self.reconnect_delay_set(1, 10)  # s between two tries
         self.username_pw_set(str(mqtt_username) or None, str(mqtt_password) or None)
@@ -226,8 +226,9 @@ class Broker(Client):
             return
         watts = float(raw)
         if message.retain and round(watts / 10) in self.heard:
-            # Heard before, maybe sent again at a login: nobody knows how old it is.
-            if watts != self.meter.watts:  # else it stays served, and its age runs on
+            # Heard before, so of unknown age: the broker sends it again at each login.
+            # The last value stays, and its age runs on; any other is served as 0 W.
+            if watts != self.meter.watts:
                 self.meter.update(0.0)
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
             return
@@ -274,7 +275,7 @@ class Broker(Client):
             say(self, log.warning, f"{self.name} {self.if_closed}")
 
 
-# -------- Modbus: frames, by the Modbus Application Protocol V1.1b3, chapter 6 --------
+# --- Modbus: the line. Frames by the Modbus Application Protocol V1.1b3, chapter 6 ----
 def first_frame(data):
     """Return (frame, is an answer) of the good frame that data begins with, or None."""
     function, third = data[1], data[2]
@@ -295,32 +296,31 @@ def first_frame(data):
     return None
 
 
-def is_odd_request(data):
-    """Return whether all of data is a request to us that first_frame() cannot size."""
+def is_other_request(data):
+    """Return whether all of data is one request to us, of any function but READ."""
     if len(data) < MIN_FRAME or data[0] != unit_id or FramerRTU.compute_CRC(data) != 0:
         return False
-    return 0 < data[1] < 0x80 and data[1] != READ  # a READ has 8 bytes
+    return 0 < data[1] < 0x80 and data[1] != READ
 
 
 def find_frames(data):
     """Return all good frames in data as (frame, is an answer), and the bytes left."""
     frames = []
     start = 0  # where the next frame is looked for
-    end = 0  # where the last good frame ended
+    left = data  # what stands behind the last good frame
     while len(data) - start >= MIN_FRAME:
         found = first_frame(data[start:])
         if found:
             frames.append(found)
-            start = end = start + len(found[0])
+            start += len(found[0])
+            left = data[start:]
         else:
             start += 1  # noise may come before a frame
-    left = data[end:]
-    if is_odd_request(left):  # of unknown size, so it can only be the whole rest
+    if is_other_request(left):  # to be refused: no size that first_frame() knows
         return [*frames, (left, False)], b""
     return frames, left[-MAX_FRAME:]
 
 
-# ---------------- Modbus: the line, and a handler for each server on it ----------------
 class Line:
     """What is known of the line and of the heat pump; it outlives the servers."""
 
@@ -397,17 +397,16 @@ class Handler(pymodbus_server.ServerRequestHandler):
 
     def __init__(self, broker, line, *of_pymodbus):
         super().__init__(*of_pymodbus)
-        self.max_buffer_size = 1024  # bytes, of one read; longer ones it drops; was 264
+        self.max_buffer_size = 1024  # bytes; pymodbus drops longer reads; default 264
         self.broker, self.line = broker, line
         self.left = b""  # the bytes that belong to no frame yet
         # A burst is what comes without a pause of a TICK; without a good frame it is a
-        # misfit. The first one is none, as it may begin amid a frame.
+        # misfit. The first burst never is one, as it may begin amid a frame.
         self.byte_came = False  # since the last TICK
-        self.frame_came = True  # a good one, in this burst; at first True: no misfit
+        self.frame_came = True  # a good one, in this burst; True: see above
         self.good_frames = 0  # in all bursts; two prove the serial settings
         self.misfits = []  # their times, s
-        self.patience = PATIENCE if line.settings == line.own else 0  # s; 0: one misfit
-        self.is_wrong = False  # misfits went on for so long: attend() ends the server
+        self.is_wrong = False  # the serial settings: attend() then ends the server
 
     def callback_connected(self):
         """Begin to look after all; pymodbus calls this when the adapter is open."""
@@ -465,9 +464,10 @@ class Handler(pymodbus_server.ServerRequestHandler):
         if is_pause or len(self.left) >= MAX_FRAME:
             if self.left and not self.frame_came and not self.line.proven:  # a misfit
                 recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
-                self.misfits = [*recent, now()]  # the older ones were rare noise
-                self.is_wrong = now() - self.misfits[0] >= self.patience
-            self.frame_came = False  # in the next burst
+                self.misfits = [*recent, now()]  # without the older ones: rare noise
+                patience = PATIENCE if self.line.settings == self.line.own else 0  # s
+                self.is_wrong = now() - self.misfits[0] >= patience  # 0: one is enough
+            self.frame_came = False  # a new burst begins, without one so far
         if is_pause:
             self.left = b""
 
