@@ -154,7 +154,7 @@ def refusal(request):
     if function not in (READ, WRITE):
         return ExcCodes.ILLEGAL_FUNCTION
     if function == READ:
-        wire_address, count = struct.unpack(">HH", request[1:])  # READ: always 4 bytes
+        wire_address, count = struct.unpack(">HH", request[1:])  # 4: first_frame()
         fits = 1 <= count <= MAX_COUNT and wire_address + count <= REGISTERS
         return None if fits else ExcCodes.ILLEGAL_ADDRESS
     if len(request) < 6:  # cut short before its values begin
@@ -172,7 +172,7 @@ class Meter(SimDevice):
 
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
-        self.built = super().build_device()  # once, for all servers
+        self.built = super().build_device()  # once: all servers share these lists
         _address, self.registers, _types = self.built
         self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
         self.baudrate = baudrate  # in use, bit/s; serve() sets it
@@ -296,27 +296,24 @@ def first_frame(data):
     return None
 
 
-def is_other_request(data):
-    """Return whether all of data is one request to us, of any function but READ."""
-    if len(data) < MIN_FRAME or data[0] != unit_id or FramerRTU.compute_CRC(data) != 0:
-        return False
-    return 0 < data[1] < 0x80 and data[1] != READ
-
-
 def find_frames(data):
     """Return all good frames in data as (frame, is an answer), and the bytes left."""
     frames = []
     start = 0  # where the next frame is looked for
     left = data  # what stands behind the last good frame
     while len(data) - start >= MIN_FRAME:
-        found = first_frame(data[start:])
+        found = first_frame(data[start : start + MAX_FRAME])
         if found:
             frames.append(found)
             start += len(found[0])
             left = data[start:]
         else:
             start += 1  # noise may come before a frame
-    if is_other_request(left):  # to be refused: no size that first_frame() knows
+    # All that is left may be one more request to us, to be refused: of a function whose
+    # size nobody knows, or a WRITE cut short (but no READ, which always has 8 bytes).
+    function = left[1] if len(left) >= MIN_FRAME and left[0] == unit_id else 0
+    is_request = 0 < function < 0x80 and function != READ
+    if is_request and FramerRTU.compute_CRC(left) == 0:
         return [*frames, (left, False)], b""
     return frames, left[-MAX_FRAME:]
 
@@ -400,8 +397,8 @@ class Handler(pymodbus_server.ServerRequestHandler):
         self.max_buffer_size = 1024  # bytes; pymodbus drops longer reads; default 264
         self.broker, self.line = broker, line
         self.left = b""  # the bytes that belong to no frame yet
-        # A burst is what comes without a pause of a TICK; without a good frame it is a
-        # misfit. The first burst never is one, as it may begin amid a frame.
+        # A burst: the bytes up to a pause of a TICK. A misfit: a burst without a good
+        # frame. One that runs at the start is none, as it may begin amid a frame.
         self.byte_came = False  # since the last TICK
         self.frame_came = True  # a good one, in this burst; True: see above
         self.good_frames = 0  # in all bursts; two prove the serial settings
@@ -410,10 +407,10 @@ class Handler(pymodbus_server.ServerRequestHandler):
 
     def callback_connected(self):
         """Begin to look after all; pymodbus calls this when the adapter is open."""
+        asyncio.create_task(self.attend())  # first of all, as stty may fail
         say("adapter", log.info, f"the meter is on the line: {serial_port}")
         # pyserial turns the check of parity off: bytes with a wrong one would pass
         run(["stty", "-F", serial_port, "inpck"], stderr=DEVNULL, check=False)
-        asyncio.create_task(self.attend())
 
     async def attend(self):
         """Look after all each TICK; end the server when it has to end."""
@@ -421,7 +418,7 @@ class Handler(pymodbus_server.ServerRequestHandler):
             look_after(self.broker, self.line)
             await asyncio.sleep(TICK)
             self.judge_burst()
-        self.line.fault = "" if self.is_active() else "is not there"
+        self.line.fault = "" if self.is_active() else "is not there"  # it got lost
         if self.is_wrong:
             self.line.try_others()
         await ServerAsyncStop()
@@ -429,7 +426,10 @@ class Handler(pymodbus_server.ServerRequestHandler):
     def callback_data(self, data, addr=None):
         """Take all bytes that came; answer if the last frame in them is for us."""
         self.byte_came = self.line.alive = True
-        frames, self.left = find_frames(self.left + data)
+        self.left += data
+        if len(data) == self.max_buffer_size and self.transport.sync_serial.in_waiting:
+            return len(data)  # a full read, and more waits: take all of it first
+        frames, self.left = find_frames(self.left)
         for frame, is_answer in frames:
             self.line.note(frame, is_answer)
             if frame[1] < 0x80:  # exceptions prove nothing: 5 bytes may be chance
@@ -458,18 +458,18 @@ class Handler(pymodbus_server.ServerRequestHandler):
         asyncio.create_task(self.handle_request())  # pymodbus's: it answers last_pdu
 
     def judge_burst(self):
-        """Each TICK: judge the burst if a pause has ended it, or noise has filled left."""
-        is_pause = not self.byte_came
+        """Each TICK: see whether the burst is over, and whether it was a misfit."""
+        is_noise = len(self.left) >= MAX_FRAME and not self.line.proven  # no pauses
+        is_over = is_noise or not self.byte_came
         self.byte_came = False
-        if is_pause or len(self.left) >= MAX_FRAME:
-            if self.left and not self.frame_came and not self.line.proven:  # a misfit
-                recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
-                self.misfits = [*recent, now()]  # without the older ones: rare noise
-                patience = PATIENCE if self.line.settings == self.line.own else 0  # s
-                self.is_wrong = now() - self.misfits[0] >= patience  # 0: one is enough
-            self.frame_came = False  # a new burst begins, without one so far
-        if is_pause:
-            self.left = b""
+        if not is_over:
+            return
+        if self.left and not self.frame_came and not self.line.proven:  # a misfit
+            recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
+            self.misfits = [*recent, now()]  # without the older ones: rare noise
+            patience = PATIENCE if self.line.settings == self.line.own else 0  # s
+            self.is_wrong = now() - self.misfits[0] >= patience  # 0: one is enough
+        self.left, self.frame_came = b"", False  # of the next burst
 
 
 def serve(broker, line):
@@ -481,14 +481,14 @@ def serve(broker, line):
         port = {"port": serial_port, **line.settings._asdict()}
         try:
             serial.Serial(exclusive=True, **port).close()  # raises what pymodbus hides
-            StartSerialServer(line.meter, **port)  # until attend() ends it, sets fault
+            StartSerialServer(line.meter, **port)  # until attend() ends it
         except (OSError, RuntimeError, termios.error) as error:  # args: [errno,] text
             line.fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
-        if line.fault:
-            if not line.proven:  # maybe the adapter cannot do the tried ones
-                line.settings = line.own
+        if line.fault:  # of the except above, or of attend()
             what = f"the adapter {serial_port} {line.fault}: trying every second"
             say("adapter", log.warning, what)
+            if not line.proven:  # maybe the adapter cannot do the tried ones
+                line.settings = line.own
             look_after(broker, line)
             sleep(1)
             line.quiet_since = now()  # the heat pump could not read: 60 s begin anew
