@@ -15,7 +15,7 @@ mqtt_password = ""  # its password; "" = without
 mqtt_tls = False  # True = encrypted, and the broker's certificate is verified
 mqtt_ca_file = ""  # CA file for a broker's own certificate; "" = the system's CAs
 max_age = 300  # s, a value older than that is served as 0 W; 0 = no limit
-status_topic = ""  # the script publishes here if the heat pump reads; "" = nowhere
+status_topic = ""  # whether the heat pump reads is published here; "" = nowhere
 
 serial_port = "/dev/ttyUSB0"  # the adapter; better its name in /dev/serial/by-id/
 baudrate = 19200  # bit/s; the heat pump's own is found, this is only tried first
@@ -86,7 +86,7 @@ def say(subject, write, text):
 def check_settings():
     """End the script with status 2 and one line where a setting cannot work."""
 
-    def is_host(v):  # a bad name: encode() raises; host:port has one ":", IPv6 has more
+    def is_host(v):  # encode() raises if bad; one ":" is host:port, IPv6 has 2+
         return v.encode("idna") and v.count(":") != 1 and not set(v) & set("/[ \0")
 
     text, whole, number, login = (str,), (int,), (int, float), (str, int)
@@ -125,7 +125,7 @@ def check_settings():
 
 # ------------------- The meter: Saia-Burgess ALE3, datasheet 26-527 -------------------
 VOLTAGE, MAX_WATTS = 230, 327670  # V, W; R51 holds at most 32767 times 10 W
-REGISTERS, MAX_COUNT = 52, 20  # how many it has, and how many at most in one read
+REGISTERS, MAX_COUNT = 52, 20  # R1 to R52, wire addresses 0 to 51; at most in a read
 READ, WRITE = 3, 16  # its function codes: Read Holding and Write Multiple Registers
 
 
@@ -154,7 +154,7 @@ def refusal(request):
     if function not in (READ, WRITE):
         return ExcCodes.ILLEGAL_FUNCTION
     if function == READ:
-        wire_address, count = struct.unpack(">HH", request[1:])  # 4: first_frame()
+        wire_address, count = struct.unpack(">HH", request[1:])  # always 4 bytes here
         fits = 1 <= count <= MAX_COUNT and wire_address + count <= REGISTERS
         return None if fits else ExcCodes.ILLEGAL_ADDRESS
     if len(request) < 6:  # cut short before its values begin
@@ -162,7 +162,7 @@ def refusal(request):
     wire_address, count, byte_count = struct.unpack(">HHB", request[1:6])
     if count == 0 or byte_count != 2 * count or byte_count != len(request) - 6:
         return ExcCodes.ILLEGAL_VALUE
-    if (wire_address + 1, count) not in ((30, 2), (34, 2)):  # R30-31, R34-35; R1 is 0
+    if (wire_address + 1, count) not in ((30, 2), (34, 2)):  # R30-31, R34-35 only
         return ExcCodes.ILLEGAL_ADDRESS
     return ExcCodes.ILLEGAL_VALUE if any(request[6:]) else None  # only zeros: a reset
 
@@ -172,19 +172,16 @@ class Meter(SimDevice):
 
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
-        self.built = super().build_device()  # once: all servers share these lists
-        _address, self.registers, _types = self.built
+        built = self.build_device()
+        self.build_device = lambda: built  # each server's call: the same lists
+        _address, self.registers, _types = built
         self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
         self.baudrate = baudrate  # in use, bit/s; serve() sets it
         self.too_old = False  # whether 0 W are served, as the rest power is too old
         self.update(0.0)
 
-    def build_device(self):
-        """Return (address, registers, types): to each new server the same lists."""
-        return self.built
-
     def update(self, watts=None):
-        """Write the registers for watts (None: the last value again), 0 W if too old."""
+        """Write the registers for watts (None: the last again), for 0 W if too old."""
         with self.lock:
             if watts is not None:
                 self.watts, self.arrival = watts, now()
@@ -226,8 +223,8 @@ class Broker(Client):
             return
         watts = float(raw)
         if message.retain and round(watts / 10) in self.heard:
-            # Heard before, so of unknown age: the broker sends it again at each login.
-            # The last value stays, and its age runs on; any other is served as 0 W.
+            # Heard before: the broker repeats it at each login, so its age is unknown.
+            # If it is still our last value, its age runs on; if not, 0 W is served.
             if watts != self.meter.watts:
                 self.meter.update(0.0)
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
@@ -309,11 +306,10 @@ def find_frames(data):
             left = data[start:]
         else:
             start += 1  # noise may come before a frame
-    # All that is left may be one more request to us, to be refused: of a function whose
-    # size nobody knows, or a WRITE cut short (but no READ, which always has 8 bytes).
-    function = left[1] if len(left) >= MIN_FRAME and left[0] == unit_id else 0
-    is_request = 0 < function < 0x80 and function != READ
-    if is_request and FramerRTU.compute_CRC(left) == 0:
+    # What is left, as a whole, may be one more request to us, of a size nobody knows in
+    # advance: another function, or a WRITE cut short (a READ always has 8 bytes).
+    is_frame = len(left) >= MIN_FRAME and FramerRTU.compute_CRC(left) == 0
+    if is_frame and left[0] == unit_id and 0 < left[1] < 0x80 and left[1] != READ:
         return [*frames, (left, False)], b""
     return frames, left[-MAX_FRAME:]
 
@@ -390,6 +386,9 @@ class Handler(pymodbus_server.ServerRequestHandler):
     """A server's handler: answers requests to us, and notices wrong serial settings.
 
     pymodbus's own would lose some of them, and answer those to others too.
+
+    A burst is all that comes until a pause of a TICK. A misfit is a burst without a
+    good frame, but never the first burst, as it may begin amid a frame.
     """
 
     def __init__(self, broker, line, *of_pymodbus):
@@ -397,29 +396,27 @@ class Handler(pymodbus_server.ServerRequestHandler):
         self.max_buffer_size = 1024  # bytes; pymodbus drops longer reads; default 264
         self.broker, self.line = broker, line
         self.left = b""  # the bytes that belong to no frame yet
-        # A burst: the bytes up to a pause of a TICK. A misfit: a burst without a good
-        # frame. One that runs at the start is none, as it may begin amid a frame.
         self.byte_came = False  # since the last TICK
-        self.frame_came = True  # a good one, in this burst; True: see above
+        self.frame_came = True  # a good one, in this burst; True for the first burst
         self.good_frames = 0  # in all bursts; two prove the serial settings
         self.misfits = []  # their times, s
-        self.is_wrong = False  # the serial settings: attend() then ends the server
 
     def callback_connected(self):
         """Begin to look after all; pymodbus calls this when the adapter is open."""
-        asyncio.create_task(self.attend())  # first of all, as stty may fail
+        asyncio.create_task(self.attend())  # before stty, which may raise
         say("adapter", log.info, f"the meter is on the line: {serial_port}")
         # pyserial turns the check of parity off: bytes with a wrong one would pass
         run(["stty", "-F", serial_port, "inpck"], stderr=DEVNULL, check=False)
 
     async def attend(self):
         """Look after all each TICK; end the server when it has to end."""
-        while self.is_active() and not self.is_wrong and not orders:
+        is_wrong = False
+        while self.is_active() and not is_wrong and not orders:
             look_after(self.broker, self.line)
             await asyncio.sleep(TICK)
-            self.judge_burst()
+            is_wrong = self.judge_burst()
         self.line.fault = "" if self.is_active() else "is not there"  # it got lost
-        if self.is_wrong:
+        if is_wrong:
             self.line.try_others()
         await ServerAsyncStop()
 
@@ -445,7 +442,7 @@ class Handler(pymodbus_server.ServerRequestHandler):
     def answer(self, request):
         """Answer a request to us (from its function code on, without the CRC)."""
         self.line.proven = True  # a request to us proves the serial settings
-        self.line.meter.update()  # before each answer, so that no value too old goes out
+        self.line.meter.update()  # before each answer, so no value too old goes out
         code = refusal(request)
         if code:
             self.line.refused = self.line.refused or request
@@ -458,18 +455,20 @@ class Handler(pymodbus_server.ServerRequestHandler):
         asyncio.create_task(self.handle_request())  # pymodbus's: it answers last_pdu
 
     def judge_burst(self):
-        """Each TICK: see whether the burst is over, and whether it was a misfit."""
-        is_noise = len(self.left) >= MAX_FRAME and not self.line.proven  # no pauses
+        """Each TICK: return whether the burst, if it is over, proves wrong settings."""
+        is_noise = len(self.left) >= MAX_FRAME and not self.line.proven  # has no pauses
         is_over = is_noise or not self.byte_came
         self.byte_came = False
         if not is_over:
-            return
-        if self.left and not self.frame_came and not self.line.proven:  # a misfit
-            recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
-            self.misfits = [*recent, now()]  # without the older ones: rare noise
-            patience = PATIENCE if self.line.settings == self.line.own else 0  # s
-            self.is_wrong = now() - self.misfits[0] >= patience  # 0: one is enough
+            return False
+        is_misfit = self.left and not self.frame_came and not self.line.proven
         self.left, self.frame_came = b"", False  # of the next burst
+        if not is_misfit:
+            return False
+        recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
+        self.misfits = [*recent, now()]  # the older ones were rare noise
+        patience = PATIENCE if self.line.settings == self.line.own else 0  # s
+        return now() - self.misfits[0] >= patience  # 0: one misfit is enough
 
 
 def serve(broker, line):
@@ -487,7 +486,7 @@ def serve(broker, line):
         if line.fault:  # of the except above, or of attend()
             what = f"the adapter {serial_port} {line.fault}: trying every second"
             say("adapter", log.warning, what)
-            if not line.proven:  # maybe the adapter cannot do the tried ones
+            if not line.proven:  # maybe the adapter does not support them
                 line.settings = line.own
             look_after(broker, line)
             sleep(1)
