@@ -90,7 +90,7 @@ def check_settings():
         return v.encode("idna") and v.count(":") != 1 and not set(v) & set("/[ \0")
 
     text, whole, number, login = (str,), (int,), (int, float), (str, int)
-    plain = set("+#\0").isdisjoint  # plain(v): no wildcard and no NUL in v
+    plain = set("+#\0").isdisjoint  # plain(v): v has none of these three characters
     load_ca = ssl.create_default_context  # raises OSError for a file without a CA
     rows = (  # name, types, test (an error is a no as well), what it may be
         ("topic", text, lambda v: v and plain(v), "a topic without + and #"),
@@ -113,7 +113,7 @@ def check_settings():
     for name, types, can_work, allowed in rows:
         value = globals().get(name)
         try:
-            is_fine = type(value) in types and can_work(value)  # True is no int here
+            is_fine = type(value) in types and can_work(value)  # by type True is no int
         except (OSError, ValueError):  # from load_ca() or encode()
             is_fine = False
         if not is_fine:  # like: unit_id = '60' cannot work in quotes, it may be: ...
@@ -154,15 +154,15 @@ def refusal(request):
     if function not in (READ, WRITE):
         return ExcCodes.ILLEGAL_FUNCTION
     if function == READ:
-        wire_address, count = struct.unpack(">HH", request[1:])  # always 4 bytes here
+        wire_address, count = struct.unpack(">HH", request[1:])  # 4 bytes, a READ has 8
         fits = 1 <= count <= MAX_COUNT and wire_address + count <= REGISTERS
-        return None if fits else ExcCodes.ILLEGAL_ADDRESS
+        return None if fits else ExcCodes.ILLEGAL_ADDRESS  # the datasheet's code
     if len(request) < 6:  # cut short before its values begin
         return ExcCodes.ILLEGAL_VALUE
     wire_address, count, byte_count = struct.unpack(">HHB", request[1:6])
     if count == 0 or byte_count != 2 * count or byte_count != len(request) - 6:
         return ExcCodes.ILLEGAL_VALUE
-    if (wire_address + 1, count) not in ((30, 2), (34, 2)):  # R30-31, R34-35 only
+    if (wire_address + 1, count) not in ((30, 2), (34, 2)):  # only these can be reset
         return ExcCodes.ILLEGAL_ADDRESS
     return ExcCodes.ILLEGAL_VALUE if any(request[6:]) else None  # only zeros: a reset
 
@@ -173,8 +173,8 @@ class Meter(SimDevice):
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
         built = self.build_device()
-        self.build_device = lambda: built  # each server's call: the same lists
-        _address, self.registers, _types = built
+        self.build_device = lambda: built  # each server calls it, and so shares these
+        _address, self.registers, _types = built  # the live list that pymodbus reads
         self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
         self.baudrate = baudrate  # in use, bit/s; serve() sets it
         self.too_old = False  # whether 0 W are served, as the rest power is too old
@@ -223,8 +223,8 @@ class Broker(Client):
             return
         watts = float(raw)
         if message.retain and round(watts / 10) in self.heard:
-            # Heard before: the broker repeats it at each login, so its age is unknown.
-            # If it is still our last value, its age runs on; if not, 0 W is served.
+            # The broker repeats its retained value at each login, however old it is.
+            # Our last value again: nothing changes. Another: nobody knows, so 0 W.
             if watts != self.meter.watts:
                 self.meter.update(0.0)
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
@@ -306,8 +306,8 @@ def find_frames(data):
             left = data[start:]
         else:
             start += 1  # noise may come before a frame
-    # What is left, as a whole, may be one more request to us, of a size nobody knows in
-    # advance: another function, or a WRITE cut short (a READ always has 8 bytes).
+    # The rest, taken whole, may be a request to us that first_frame() cannot measure:
+    # another function, or a WRITE cut short (never a READ: that always has 8 bytes).
     is_frame = len(left) >= MIN_FRAME and FramerRTU.compute_CRC(left) == 0
     if is_frame and left[0] == unit_id and 0 < left[1] < 0x80 and left[1] != READ:
         return [*frames, (left, False)], b""
@@ -385,7 +385,7 @@ def look_after(broker, line):
 class Handler(pymodbus_server.ServerRequestHandler):
     """A server's handler: answers requests to us, and notices wrong serial settings.
 
-    pymodbus's own would lose some of them, and answer those to others too.
+    pymodbus's own handler loses some requests to us, and answers requests to others.
 
     A burst is all that comes until a pause of a TICK. A misfit is a burst without a
     good frame, but never the first burst, as it may begin amid a frame.
@@ -403,7 +403,7 @@ class Handler(pymodbus_server.ServerRequestHandler):
 
     def callback_connected(self):
         """Begin to look after all; pymodbus calls this when the adapter is open."""
-        asyncio.create_task(self.attend())  # before stty, which may raise
+        asyncio.create_task(self.attend())  # first, as run() may raise
         say("adapter", log.info, f"the meter is on the line: {serial_port}")
         # pyserial turns the check of parity off: bytes with a wrong one would pass
         run(["stty", "-F", serial_port, "inpck"], stderr=DEVNULL, check=False)
@@ -456,8 +456,8 @@ class Handler(pymodbus_server.ServerRequestHandler):
 
     def judge_burst(self):
         """Each TICK: return whether the burst, if it is over, proves wrong settings."""
-        is_noise = len(self.left) >= MAX_FRAME and not self.line.proven  # has no pauses
-        is_over = is_noise or not self.byte_came
+        is_full = len(self.left) >= MAX_FRAME and not self.line.proven  # endless noise
+        is_over = is_full or not self.byte_came
         self.byte_came = False
         if not is_over:
             return False
@@ -465,10 +465,11 @@ class Handler(pymodbus_server.ServerRequestHandler):
         self.left, self.frame_came = b"", False  # of the next burst
         if not is_misfit:
             return False
+        if self.line.settings != self.line.own:
+            return True  # other settings are on trial: one misfit is enough
         recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
-        self.misfits = [*recent, now()]  # the older ones were rare noise
-        patience = PATIENCE if self.line.settings == self.line.own else 0  # s
-        return now() - self.misfits[0] >= patience  # 0: one misfit is enough
+        self.misfits = [*recent, now()]  # oldest first; what fell out was rare noise
+        return now() - self.misfits[0] >= PATIENCE
 
 
 def serve(broker, line):
@@ -483,7 +484,7 @@ def serve(broker, line):
             StartSerialServer(line.meter, **port)  # until attend() ends it
         except (OSError, RuntimeError, termios.error) as error:  # args: [errno,] text
             line.fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
-        if line.fault:  # of the except above, or of attend()
+        if line.fault:  # set above, or by attend(), which also clears it
             what = f"the adapter {serial_port} {line.fault}: trying every second"
             say("adapter", log.warning, what)
             if not line.proven:  # maybe the adapter does not support them

@@ -1319,11 +1319,11 @@ def test_frames_in_pieces_fit_and_settings_that_answer_are_not_left_any_more(rig
         pass
     assert fits(b"\x55" * 300 + POLL[3:], 3)  # began with the settings before
     assert fits(POLL_9[:3], 1)
-    assert fits(POLL_9[3:], 3)
+    assert fits(POLL_9[3:] + b"noise", 3)
     assert fits(b"noise", 1)  # without a pause of a TICK behind it, which would end it
     assert line.ask(POLL)[:3] == b"\x3c\x03\x1c"
-    assert fits(b"")
-    assert line.ask(POLL)[:3] == b"\x3c\x03\x1c"
+    assert fits(b"") and fits(b"\x55" * 300 + POLL[:4], 1)  # noise that cuts no poll
+    assert line.ask(POLL[4:])[:3] == b"\x3c\x03\x1c"
 
 
 def test_adapter_pulled_during_the_search_goes_on_with_it(rig):
