@@ -86,8 +86,9 @@ def say(subject, write, text):
 def check_settings():
     """End the script with status 2 and one line where a setting cannot work."""
 
-    def is_host(v):  # encode() raises if bad; one ":" is host:port, IPv6 has 2+
-        return v.encode("idna") and v.count(":") != 1 and not set(v) & set("/[ \0")
+    def is_host(v):
+        is_plain = v.count(":") != 1 and not set(v) & set("/[ \0")  # one ":": host:port
+        return is_plain and v.encode("idna")  # raises, or is b"", where v is no name
 
     text, whole, number, login = (str,), (int,), (int, float), (str, int)
     plain = set("+#\0").isdisjoint  # plain(v): v has none of these three characters
@@ -116,7 +117,7 @@ def check_settings():
             is_fine = type(value) in types and can_work(value)  # by type True is no int
         except (OSError, ValueError):  # from load_ca() or encode()
             is_fine = False
-        if not is_fine:  # like: unit_id = '60' cannot work in quotes, it may be: ...
+        if not is_fine:  # "unit_id = '60' cannot work in quotes, it may be: 1 to 247"
             fault = f"= {value!r} cannot work" if name in globals() else "is missing"
             quotes = " in quotes" if type(value) is str and str not in types else ""
             print(f"{name} {fault}{quotes}, it may be: {allowed}", file=sys.stderr)
@@ -173,8 +174,8 @@ class Meter(SimDevice):
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
         built = self.build_device()
-        self.build_device = lambda: built  # each server calls it, and so shares these
-        _address, self.registers, _types = built  # the live list that pymodbus reads
+        self.build_device = lambda: built  # every server calls it: all share one list
+        _address, self.registers, _types = built  # that list
         self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
         self.baudrate = baudrate  # in use, bit/s; serve() sets it
         self.too_old = False  # whether 0 W are served, as the rest power is too old
@@ -222,16 +223,15 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        if message.retain and round(watts / 10) in self.heard:
-            # The broker repeats its retained value at each login, however old it is.
-            # Our last value again: nothing changes. Another: nobody knows, so 0 W.
-            if watts != self.meter.watts:
-                self.meter.update(0.0)
-            log.info("rest power %g W again: serving %g W", watts, self.meter.served)
+        if not message.retain or round(watts / 10) not in self.heard:  # it is news
+            self.heard.add(round(watts / 10))
+            self.meter.update(watts)
+            log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
             return
-        self.heard.add(round(watts / 10))
-        self.meter.update(watts)
-        log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
+        # The broker repeats its retained value at each login, however old it is.
+        if watts != self.meter.watts:  # nor is it our last one: nobody knows its age
+            self.meter.update(0.0)
+        log.info("rest power %g W again: serving %g W", watts, self.meter.served)
 
     def on_pre_connect(self, _client, _userdata):
         """Set what on_disconnect() says of a broker that closes without an answer."""
@@ -462,14 +462,14 @@ class Handler(pymodbus_server.ServerRequestHandler):
         if not is_over:
             return False
         is_misfit = self.left and not self.frame_came and not self.line.proven
-        self.left, self.frame_came = b"", False  # of the next burst
+        self.left, self.frame_came = b"", False  # start afresh for the next burst
         if not is_misfit:
             return False
         if self.line.settings != self.line.own:
             return True  # other settings are on trial: one misfit is enough
         recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
-        self.misfits = [*recent, now()]  # oldest first; what fell out was rare noise
-        return now() - self.misfits[0] >= PATIENCE
+        self.misfits = [*recent, now()]  # the older ones were stray noise: forgotten
+        return now() - self.misfits[0] >= PATIENCE  # and no good frame since the first
 
 
 def serve(broker, line):
@@ -484,7 +484,7 @@ def serve(broker, line):
             StartSerialServer(line.meter, **port)  # until attend() ends it
         except (OSError, RuntimeError, termios.error) as error:  # args: [errno,] text
             line.fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
-        if line.fault:  # set above, or by attend(), which also clears it
+        if line.fault:  # from the except above or attend(); "" = the adapter works
             what = f"the adapter {serial_port} {line.fault}: trying every second"
             say("adapter", log.warning, what)
             if not line.proven:  # maybe the adapter does not support them
