@@ -174,8 +174,8 @@ class Meter(SimDevice):
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
         built = self.build_device()
-        self.build_device = lambda: built  # every server calls it: all share one list
-        _address, self.registers, _types = built  # that list
+        self.build_device = lambda: built  # every server calls it: all get these lists
+        _address, self.registers, _types = built
         self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
         self.baudrate = baudrate  # in use, bit/s; serve() sets it
         self.too_old = False  # whether 0 W are served, as the rest power is too old
@@ -306,10 +306,10 @@ def find_frames(data):
             left = data[start:]
         else:
             start += 1  # noise may come before a frame
-    # The rest, taken whole, may be a request to us that first_frame() cannot measure:
-    # another function, or a WRITE cut short (never a READ: that always has 8 bytes).
-    is_frame = len(left) >= MIN_FRAME and FramerRTU.compute_CRC(left) == 0
-    if is_frame and left[0] == unit_id and 0 < left[1] < 0x80 and left[1] != READ:
+    # Last, all bytes left may be one request to us whose size first_frame() does not
+    # know: another function, or a WRITE cut short. (A READ always has 8 bytes.)
+    is_intact = len(left) >= MIN_FRAME and FramerRTU.compute_CRC(left) == 0
+    if is_intact and left[0] == unit_id and 0 < left[1] < 0x80 and left[1] != READ:
         return [*frames, (left, False)], b""
     return frames, left[-MAX_FRAME:]
 
@@ -388,7 +388,7 @@ class Handler(pymodbus_server.ServerRequestHandler):
     pymodbus's own handler loses some requests to us, and answers requests to others.
 
     A burst is all that comes until a pause of a TICK. A misfit is a burst without a
-    good frame, but never the first burst, as it may begin amid a frame.
+    good frame; the first burst is never one, as it may begin amid a frame.
     """
 
     def __init__(self, broker, line, *of_pymodbus):
@@ -456,8 +456,8 @@ class Handler(pymodbus_server.ServerRequestHandler):
 
     def judge_burst(self):
         """Each TICK: return whether the burst, if it is over, proves wrong settings."""
-        is_full = len(self.left) >= MAX_FRAME and not self.line.proven  # endless noise
-        is_over = is_full or not self.byte_came
+        is_full = len(self.left) >= MAX_FRAME and not self.line.proven
+        is_over = is_full or not self.byte_came  # noise without a pause, or a pause
         self.byte_came = False
         if not is_over:
             return False
@@ -468,7 +468,7 @@ class Handler(pymodbus_server.ServerRequestHandler):
         if self.line.settings != self.line.own:
             return True  # other settings are on trial: one misfit is enough
         recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
-        self.misfits = [*recent, now()]  # the older ones were stray noise: forgotten
+        self.misfits = [*recent, now()]  # without those over 60 s old: stray noise
         return now() - self.misfits[0] >= PATIENCE  # and no good frame since the first
 
 
@@ -484,7 +484,7 @@ def serve(broker, line):
             StartSerialServer(line.meter, **port)  # until attend() ends it
         except (OSError, RuntimeError, termios.error) as error:  # args: [errno,] text
             line.fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
-        if line.fault:  # from the except above or attend(); "" = the adapter works
+        if line.fault:  # it did not open (above), or got lost (attend())
             what = f"the adapter {serial_port} {line.fault}: trying every second"
             say("adapter", log.warning, what)
             if not line.proven:  # maybe the adapter does not support them
