@@ -88,7 +88,7 @@ def check_settings():
 
     def is_host(v):
         is_plain = v.count(":") != 1 and not set(v) & set("/[ \0")  # one ":": host:port
-        return is_plain and v.encode("idna")  # raises, or is b"", where v is no name
+        return is_plain and v.encode("idna")  # an error or b"" where v is no name
 
     text, whole, number, login = (str,), (int,), (int, float), (str, int)
     plain = set("+#\0").isdisjoint  # plain(v): v has none of these three characters
@@ -114,10 +114,10 @@ def check_settings():
     for name, types, can_work, allowed in rows:
         value = globals().get(name)
         try:
-            is_fine = type(value) in types and can_work(value)  # by type True is no int
+            is_fine = type(value) in types and can_work(value)  # type(True) is not int
         except (OSError, ValueError):  # from load_ca() or encode()
             is_fine = False
-        if not is_fine:  # "unit_id = '60' cannot work in quotes, it may be: 1 to 247"
+        if not is_fine:  # prints: unit_id = '60' cannot work in quotes, it may be: ...
             fault = f"= {value!r} cannot work" if name in globals() else "is missing"
             quotes = " in quotes" if type(value) is str and str not in types else ""
             print(f"{name} {fault}{quotes}, it may be: {allowed}", file=sys.stderr)
@@ -174,7 +174,7 @@ class Meter(SimDevice):
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
         built = self.build_device()
-        self.build_device = lambda: built  # every server calls it: all get these lists
+        self.build_device = lambda: built  # so each new server shares these registers
         _address, self.registers, _types = built
         self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
         self.baudrate = baudrate  # in use, bit/s; serve() sets it
@@ -182,7 +182,7 @@ class Meter(SimDevice):
         self.update(0.0)
 
     def update(self, watts=None):
-        """Write the registers for watts (None: the last again), for 0 W if too old."""
+        """Take watts, if given; write the registers, for 0 W if that is too old."""
         with self.lock:
             if watts is not None:
                 self.watts, self.arrival = watts, now()
@@ -223,13 +223,13 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        if not message.retain or round(watts / 10) not in self.heard:  # it is news
+        if not (message.retain and round(watts / 10) in self.heard):  # no repetition
             self.heard.add(round(watts / 10))
             self.meter.update(watts)
             log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
             return
-        # The broker repeats its retained value at each login, however old it is.
-        if watts != self.meter.watts:  # nor is it our last one: nobody knows its age
+        # The broker repeats its retained value at each login; that makes it no younger.
+        if watts != self.meter.watts:  # an earlier value is back, its age is unknown
             self.meter.update(0.0)
         log.info("rest power %g W again: serving %g W", watts, self.meter.served)
 
@@ -297,7 +297,7 @@ def find_frames(data):
     """Return all good frames in data as (frame, is an answer), and the bytes left."""
     frames = []
     start = 0  # where the next frame is looked for
-    left = data  # what stands behind the last good frame
+    left = data  # all behind the last good frame, even what start has passed
     while len(data) - start >= MIN_FRAME:
         found = first_frame(data[start : start + MAX_FRAME])
         if found:
@@ -307,7 +307,7 @@ def find_frames(data):
         else:
             start += 1  # noise may come before a frame
     # Last, all bytes left may be one request to us whose size first_frame() does not
-    # know: another function, or a WRITE cut short. (A READ always has 8 bytes.)
+    # know: another function, or a WRITE cut short. (Not a READ: it has 8 bytes.)
     is_intact = len(left) >= MIN_FRAME and FramerRTU.compute_CRC(left) == 0
     if is_intact and left[0] == unit_id and 0 < left[1] < 0x80 and left[1] != READ:
         return [*frames, (left, False)], b""
@@ -457,7 +457,7 @@ class Handler(pymodbus_server.ServerRequestHandler):
     def judge_burst(self):
         """Each TICK: return whether the burst, if it is over, proves wrong settings."""
         is_full = len(self.left) >= MAX_FRAME and not self.line.proven
-        is_over = is_full or not self.byte_came  # noise without a pause, or a pause
+        is_over = is_full or not self.byte_came  # endless noise, or a pause
         self.byte_came = False
         if not is_over:
             return False
@@ -468,8 +468,8 @@ class Handler(pymodbus_server.ServerRequestHandler):
         if self.line.settings != self.line.own:
             return True  # other settings are on trial: one misfit is enough
         recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
-        self.misfits = [*recent, now()]  # without those over 60 s old: stray noise
-        return now() - self.misfits[0] >= PATIENCE  # and no good frame since the first
+        self.misfits = [*recent, now()]  # without the older ones: stray noise
+        return now() - self.misfits[0] >= PATIENCE  # a good frame empties misfits
 
 
 def serve(broker, line):
@@ -480,7 +480,9 @@ def serve(broker, line):
         line.meter.baudrate = line.settings.baudrate
         port = {"port": serial_port, **line.settings._asdict()}
         try:
-            serial.Serial(exclusive=True, **port).close()  # raises what pymodbus hides
+            serial.Serial(
+                exclusive=True, **port
+            ).close()  # its error pymodbus would hide
             StartSerialServer(line.meter, **port)  # until attend() ends it
         except (OSError, RuntimeError, termios.error) as error:  # args: [errno,] text
             line.fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
