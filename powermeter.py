@@ -480,9 +480,7 @@ def serve(broker, line):
         line.meter.baudrate = line.settings.baudrate
         port = {"port": serial_port, **line.settings._asdict()}
         try:
-            serial.Serial(
-                exclusive=True, **port
-            ).close()  # its error pymodbus would hide
+            serial.Serial(exclusive=True, **port).close()  # pymodbus hides its error
             StartSerialServer(line.meter, **port)  # until attend() ends it
         except (OSError, RuntimeError, termios.error) as error:  # args: [errno,] text
             line.fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
