@@ -223,7 +223,7 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        if not (message.retain and round(watts / 10) in self.heard):  # no repetition
+        if not (message.retain and round(watts / 10) in self.heard):  # a new value
             self.heard.add(round(watts / 10))
             self.meter.update(watts)
             log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
@@ -297,15 +297,15 @@ def find_frames(data):
     """Return all good frames in data as (frame, is an answer), and the bytes left."""
     frames = []
     start = 0  # where the next frame is looked for
-    left = data  # all behind the last good frame, even what start has passed
+    end = 0  # where the last good frame ended
     while len(data) - start >= MIN_FRAME:
         found = first_frame(data[start : start + MAX_FRAME])
         if found:
             frames.append(found)
-            start += len(found[0])
-            left = data[start:]
+            start = end = start + len(found[0])
         else:
             start += 1  # noise may come before a frame
+    left = data[end:]
     # Last, all bytes left may be one request to us whose size first_frame() does not
     # know: another function, or a WRITE cut short. (Not a READ: it has 8 bytes.)
     is_intact = len(left) >= MIN_FRAME and FramerRTU.compute_CRC(left) == 0
@@ -457,7 +457,7 @@ class Handler(pymodbus_server.ServerRequestHandler):
     def judge_burst(self):
         """Each TICK: return whether the burst, if it is over, proves wrong settings."""
         is_full = len(self.left) >= MAX_FRAME and not self.line.proven
-        is_over = is_full or not self.byte_came  # endless noise, or a pause
+        is_over = is_full or not self.byte_came  # noise without end, or a pause
         self.byte_came = False
         if not is_over:
             return False
