@@ -88,7 +88,7 @@ def check_settings():
 
     def is_host(v):
         is_plain = v.count(":") != 1 and not set(v) & set("/[ \0")  # one ":": host:port
-        return is_plain and v.encode("idna")  # an error or b"" where v is no name
+        return is_plain and v.encode("idna")  # an error or b"" (a no) for a bad name
 
     text, whole, number, login = (str,), (int,), (int, float), (str, int)
     plain = set("+#\0").isdisjoint  # plain(v): v has none of these three characters
@@ -155,7 +155,7 @@ def refusal(request):
     if function not in (READ, WRITE):
         return ExcCodes.ILLEGAL_FUNCTION
     if function == READ:
-        wire_address, count = struct.unpack(">HH", request[1:])  # 4 bytes, a READ has 8
+        wire_address, count = struct.unpack(">HH", request[1:])  # always these 4 bytes
         fits = 1 <= count <= MAX_COUNT and wire_address + count <= REGISTERS
         return None if fits else ExcCodes.ILLEGAL_ADDRESS  # the datasheet's code
     if len(request) < 6:  # cut short before its values begin
@@ -223,12 +223,12 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
+        # The broker repeats its retained value at each login; that makes it no younger.
         if not (message.retain and round(watts / 10) in self.heard):  # a new value
             self.heard.add(round(watts / 10))
             self.meter.update(watts)
             log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
             return
-        # The broker repeats its retained value at each login; that makes it no younger.
         if watts != self.meter.watts:  # an earlier value is back, its age is unknown
             self.meter.update(0.0)
         log.info("rest power %g W again: serving %g W", watts, self.meter.served)
@@ -468,7 +468,7 @@ class Handler(pymodbus_server.ServerRequestHandler):
         if self.line.settings != self.line.own:
             return True  # other settings are on trial: one misfit is enough
         recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
-        self.misfits = [*recent, now()]  # without the older ones: stray noise
+        self.misfits = [*recent, now()]  # older ones were stray noise
         return now() - self.misfits[0] >= PATIENCE  # a good frame empties misfits
 
 
