@@ -56,7 +56,8 @@ from pymodbus.simulator import DataType, SimData, SimDevice
 
 READ_TIMEOUT = 60  # s without a read after which the heat pump counts as not reading
 PATIENCE = 20  # s of bytes without a good frame until other settings are tried
-TICK = 0.2  # s between two calls of look_after(); a pause this long ends a burst
+TICK = 0.2  # s between two calls of look_after()
+PAUSE = 0.2  # s without a byte, which end a burst: bytes that belong together
 MIN_FRAME, MAX_FRAME = 4, 256  # bytes, the shortest and the longest frame
 BAUDRATES = (19200, 9600, 38400, 115200, 57600, 4800, 2400, 1200)  # likely ones first
 SerialSettings = namedtuple("SerialSettings", "baudrate parity stopbits")
@@ -83,13 +84,15 @@ def say(subject, write, text):
         write(text)
 
 
+def is_host(name):
+    """Return whether name can be a host name or an IP address, without a port."""
+    name.encode("idna")  # raises a UnicodeError for a name that cannot be looked up
+    has_port = name.count(":") == 1  # an IPv6 address has more colons
+    return name != "" and not has_port and not set(name) & set("/[ \0")
+
+
 def check_settings():
     """End the script with status 2 and one line where a setting cannot work."""
-
-    def is_host(v):
-        is_plain = v.count(":") != 1 and not set(v) & set("/[ \0")  # one ":": host:port
-        return is_plain and v.encode("idna")  # an error or b"" (a no) for a bad name
-
     text, whole, number, login = (str,), (int,), (int, float), (str, int)
     plain = set("+#\0").isdisjoint  # plain(v): v has none of these three characters
     load_ca = ssl.create_default_context  # raises OSError for a file without a CA
@@ -114,10 +117,10 @@ def check_settings():
     for name, types, can_work, allowed in rows:
         value = globals().get(name)
         try:
-            is_fine = type(value) in types and can_work(value)  # type(True) is not int
-        except (OSError, ValueError):  # from load_ca() or encode()
+            is_fine = type(value) in types and can_work(value)  # True is no int here
+        except (OSError, ValueError):  # from load_ca() or is_host()
             is_fine = False
-        if not is_fine:  # prints: unit_id = '60' cannot work in quotes, it may be: ...
+        if not is_fine:  # as in: unit_id = '60' cannot work in quotes, it may be: ...
             fault = f"= {value!r} cannot work" if name in globals() else "is missing"
             quotes = " in quotes" if type(value) is str and str not in types else ""
             print(f"{name} {fault}{quotes}, it may be: {allowed}", file=sys.stderr)
@@ -173,13 +176,16 @@ class Meter(SimDevice):
 
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
-        built = self.build_device()
-        self.build_device = lambda: built  # so each new server shares these registers
-        _address, self.registers, _types = built
+        self.built = super().build_device()
+        _address, self.registers, _types = self.built
         self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
         self.baudrate = baudrate  # in use, bit/s; serve() sets it
         self.too_old = False  # whether 0 W are served, as the rest power is too old
         self.update(0.0)
+
+    def build_device(self):
+        """Give every server the same registers: each calls this when it starts."""
+        return self.built
 
     def update(self, watts=None):
         """Take watts, if given; write the registers, for 0 W if that is too old."""
@@ -224,12 +230,13 @@ class Broker(Client):
             return
         watts = float(raw)
         # The broker repeats its retained value at each login; that makes it no younger.
-        if not (message.retain and round(watts / 10) in self.heard):  # a new value
-            self.heard.add(round(watts / 10))
+        is_repeated = message.retain and round(watts / 10) in self.heard
+        self.heard.add(round(watts / 10))
+        if not is_repeated:
             self.meter.update(watts)
             log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
             return
-        if watts != self.meter.watts:  # an earlier value is back, its age is unknown
+        if watts != self.meter.watts:  # not the last one: nobody knows how old it is
             self.meter.update(0.0)
         log.info("rest power %g W again: serving %g W", watts, self.meter.served)
 
@@ -324,7 +331,7 @@ class Line:
         others = [one for one in ALL_SETTINGS if one != self.own]
         self.to_try = cycle([*others, self.own])  # the next, if those in use are wrong
         self.proven = False  # whether those in use are right; then they stay for good
-        self.fault = ""  # of the adapter, "" = none
+        self.is_lost = False  # whether the adapter got lost while the last server ran
         self.alive = False  # whether any byte came
         self.last_read = -READ_TIMEOUT  # s; below 0 = never
         self.quiet_since = now()  # s; "has not read for 60 s" is counted from here
@@ -338,12 +345,6 @@ class Line:
             self.answering.add(unit)
         elif function in (3, 4) and 0 < unit < 248 and unit != unit_id:
             self.asked.add(unit)
-
-    def try_others(self):
-        """Choose the settings for the next server."""
-        self.settings = next(self.to_try)
-        if self.settings == self.own:  # all the others have been tried
-            say("round", log.warning, "no serial settings fit: swap A and B")
 
     def diagnosis(self):
         """Return a sentence on why the heat pump does not read."""
@@ -383,23 +384,15 @@ def look_after(broker, line):
 
 
 class Handler(pymodbus_server.ServerRequestHandler):
-    """A server's handler: answers requests to us, and notices wrong serial settings.
-
-    pymodbus's own handler loses some requests to us, and answers requests to others.
-
-    A burst is all that comes until a pause of a TICK. A misfit is a burst without a
-    good frame; the first burst is never one, as it may begin amid a frame.
-    """
+    """A server's handler. pymodbus's own loses requests to us and answers others'."""
 
     def __init__(self, broker, line, *of_pymodbus):
         super().__init__(*of_pymodbus)
         self.max_buffer_size = 1024  # bytes; pymodbus drops longer reads; default 264
         self.broker, self.line = broker, line
         self.left = b""  # the bytes that belong to no frame yet
-        self.byte_came = False  # since the last TICK
-        self.frame_came = True  # a good one, in this burst; True for the first burst
-        self.good_frames = 0  # in all bursts; two prove the serial settings
-        self.misfits = []  # their times, s
+        self.byte_came = True  # lately; some may have come before the server started
+        self.good_frames = 0  # since the start; two prove the serial settings
 
     def callback_connected(self):
         """Begin to look after all; pymodbus calls this when the adapter is open."""
@@ -410,15 +403,40 @@ class Handler(pymodbus_server.ServerRequestHandler):
 
     async def attend(self):
         """Look after all each TICK; end the server when it has to end."""
-        is_wrong = False
-        while self.is_active() and not is_wrong and not orders:
+        search = asyncio.create_task(self.search())
+        while self.is_active() and not search.done() and not orders:
             look_after(self.broker, self.line)
             await asyncio.sleep(TICK)
-            is_wrong = self.judge_burst()
-        self.line.fault = "" if self.is_active() else "is not there"  # it got lost
-        if is_wrong:
-            self.line.try_others()
+        self.line.is_lost = not self.is_active()
+        if search.done() and not self.line.proven:
+            self.line.settings = next(self.line.to_try)  # for the next server
+            if self.line.settings == self.line.own:  # all the others have been tried
+                say("round", log.warning, "no serial settings fit: swap A and B")
         await ServerAsyncStop()
+
+    async def search(self):
+        """Return once the serial settings prove to be wrong; never while they fit."""
+        patience = PATIENCE if self.line.settings == self.line.own else 0  # s
+        misfits = []  # s, when bursts without a good frame ended, within a minute
+        await self.burst()  # the first may begin amid a frame, so it proves nothing
+        while not misfits or now() - misfits[0] < patience:
+            if await self.burst() or self.line.proven:
+                misfits = []
+            else:
+                misfits = [time for time in misfits if now() - time < 3 * PATIENCE]
+                misfits.append(now())
+
+    async def burst(self):
+        """Wait for bytes and then for a PAUSE; return if a good frame was in them."""
+        self.left, before = b"", self.good_frames
+        while not self.byte_came:
+            await asyncio.sleep(PAUSE)
+        while self.byte_came:
+            self.byte_came = False
+            await asyncio.sleep(PAUSE)
+            if len(self.left) == MAX_FRAME and not self.line.proven:
+                self.byte_came = False  # over; noise may have no pause
+        return self.good_frames > before
 
     def callback_data(self, data, addr=None):
         """Take all bytes that came; answer if the last frame in them is for us."""
@@ -429,10 +447,8 @@ class Handler(pymodbus_server.ServerRequestHandler):
         frames, self.left = find_frames(self.left)
         for frame, is_answer in frames:
             self.line.note(frame, is_answer)
-            if frame[1] < 0x80:  # exceptions prove nothing: 5 bytes may be chance
-                self.good_frames += 1
-                self.line.proven |= self.good_frames > 1
-                self.frame_came, self.misfits = True, []
+            self.good_frames += frame[1] < 0x80  # no exceptions: 5 bytes may be chance
+        self.line.proven |= self.good_frames > 1
         if frames:
             frame, is_answer = frames[-1]  # it is too late to answer those before
             if frame[0] == unit_id and not is_answer:
@@ -454,23 +470,6 @@ class Handler(pymodbus_server.ServerRequestHandler):
         self.last_pdu.dev_id = unit_id
         asyncio.create_task(self.handle_request())  # pymodbus's: it answers last_pdu
 
-    def judge_burst(self):
-        """Each TICK: return whether the burst, if it is over, proves wrong settings."""
-        is_full = len(self.left) >= MAX_FRAME and not self.line.proven
-        is_over = is_full or not self.byte_came  # noise without end, or a pause
-        self.byte_came = False
-        if not is_over:
-            return False
-        is_misfit = self.left and not self.frame_came and not self.line.proven
-        self.left, self.frame_came = b"", False  # start afresh for the next burst
-        if not is_misfit:
-            return False
-        if self.line.settings != self.line.own:
-            return True  # other settings are on trial: one misfit is enough
-        recent = [time for time in self.misfits if now() - time < 3 * PATIENCE]
-        self.misfits = [*recent, now()]  # older ones were stray noise
-        return now() - self.misfits[0] >= PATIENCE  # a good frame empties misfits
-
 
 def serve(broker, line):
     """Run server after server until the stop, each with the line's present settings."""
@@ -482,10 +481,11 @@ def serve(broker, line):
         try:
             serial.Serial(exclusive=True, **port).close()  # pymodbus hides its error
             StartSerialServer(line.meter, **port)  # until attend() ends it
+            fault = "is not there" if line.is_lost else ""
         except (OSError, RuntimeError, termios.error) as error:  # args: [errno,] text
-            line.fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
-        if line.fault:  # it did not open (above), or got lost (attend())
-            what = f"the adapter {serial_port} {line.fault}: trying every second"
+            fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
+        if fault:
+            what = f"the adapter {serial_port} {fault}: trying every second"
             say("adapter", log.warning, what)
             if not line.proven:  # maybe the adapter does not support them
                 line.settings = line.own

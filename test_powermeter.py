@@ -203,8 +203,8 @@ time.clock_gettime = clock_gettime
 exec(os.environ["SABOTAGE"])
 """
 # Sabotages: it says when it looks after all; the line refuses parity, as some adapters.
-LOOKS = "import asyncio\nsleep = asyncio.sleep\nasyncio.sleep = "
-LOOKS += 'lambda seconds: print("looked", flush=True) or sleep(seconds)'
+LOOKS = "from paho.mqtt.client import Client\nstart = Client.loop_start\n"
+LOOKS += 'Client.loop_start = lambda it: print("looked", flush=True) or start(it)'
 NO_PARITY = "termios.tcgetattr, termios.tcsetattr = get, set_"
 
 
@@ -916,7 +916,7 @@ def test_no_poll_is_lost_and_nothing_is_said_to_others_after(meter, kind):
 
 
 def test_poll_is_answered_in_pieces_behind_another_and_before_a_stray_byte(rig):
-    rig = rig(TICK=1).start().serve()  # 1 s, as a pseudo line may deliver 0.3 s late
+    rig = rig(PAUSE=1).start().serve()  # 1 s, as a pseudo line may deliver 0.3 s late
     another, other_answer = frame("3C 03 00 23 00 01"), frame("3C 03 02 00 E6")
     rows = [([POLL[:cut], POLL[cut:]], ANSWER) for cut in range(1, 8)]
     rows += [([RESET[:cut], RESET[cut:]], RESET_DONE) for cut in range(1, 13)]
@@ -941,7 +941,7 @@ def test_poll_is_answered_in_pieces_behind_another_and_before_a_stray_byte(rig):
 
 @pytest.mark.parametrize(("unit", "begin", "end"), PARTS)
 def test_part_of_a_frame_is_never_taken_for_a_request(rig, unit, begin, end):
-    rig = rig(unit_id=unit, TICK=1).start()
+    rig = rig(unit_id=unit, PAUSE=1).start()
     rig.line.registers(37, 1, unit)
     for _ in range(5):
         rig.line.send(bytes.fromhex(begin))
@@ -1196,7 +1196,7 @@ def test_frames_are_found_in_all_that_comes(script, text):
 
 
 # ------------- The heat pump's serial settings, searched with little patience -------------
-HASTE = {"PATIENCE": 0.5, "TICK": 0.05}  # s
+HASTE = {"PATIENCE": 0.5, "TICK": 0.05, "PAUSE": 0.05}  # s
 SPOKEN = [(38400, "N"), (19200, "O"), (9600, "E"), (115200, "N"), (1200, "O")]
 PROOFS = table("""
 a request to us: [3C 03 00 25 00 0E] -> True
@@ -1262,7 +1262,7 @@ def test_round_without_success_is_said_once_and_a_late_heat_pump_found(rig):
 
 
 def test_bytes_without_a_gap_do_not_hold_up_the_search(rig):
-    line = rig(PATIENCE=0.5, TICK=0.5, speaks=(19200, "N")).start().line
+    line = rig(PATIENCE=0.5, PAUSE=0.5, speaks=(19200, "N")).start().line
 
     def moved_on():
         os.write(line.ends[0], bytes(range(32)))
@@ -1307,22 +1307,22 @@ def test_two_good_frames_or_one_to_us_prove_the_settings(rig, frames, are_proof)
 
 
 def test_frames_in_pieces_fit_and_settings_that_answer_are_not_left_any_more(rig):
-    rig = rig(PATIENCE=1, TICK=1, sabotage=LOOKS, speaks=(19200, "N")).start()
-    line, right = rig.line, (19200, "N")
+    rig = rig(PATIENCE=2, PAUSE=1, TICK=0.5, sabotage=LOOKS, speaks=(19200, "N"))
+    line, right = rig.start().line, (19200, "N")
 
-    def fits(data, looks=2):
+    def fits(data, looks=6):  # that is more than two PAUSEs
         os.write(line.ends[0], data)
         rig.script.looks(looks)
         return line.settings() == right and line.hear(0) == b""
 
-    while not (fits(b"noise", 1) or fits(b"", 1)):
-        pass
-    assert fits(b"\x55" * 300 + POLL[3:], 3)  # began with the settings before
+    turns = [b"", b"", b"", b"", b"", b"noise"] * 10
+    eventually(lambda: fits(turns.pop(), 1), 30, "the settings")  # seen at once
+    assert fits(b"\x55" * 300 + POLL[3:])  # began with the settings before
     assert fits(POLL_9[:3], 1)
-    assert fits(POLL_9[3:] + b"noise", 3)
-    assert fits(b"noise", 1)  # without a pause of a TICK behind it, which would end it
-    assert line.ask(POLL)[:3] == b"\x3c\x03\x1c"
-    assert fits(b"") and fits(b"\x55" * 300 + POLL[:4], 1)  # noise that cuts no poll
+    assert fits(POLL_9[3:] + b"noise")
+    assert fits(b"noise", 1) and line.ask(POLL)[:3] == b"\x3c\x03\x1c"
+    assert fits(b"") and fits(b"\x55" * 300, 1)  # noise that cuts no poll
+    assert fits(POLL[:4], 2)
     assert line.ask(POLL[4:])[:3] == b"\x3c\x03\x1c"
 
 
