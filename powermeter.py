@@ -154,10 +154,9 @@ def meter_registers(watts, rate):
 
 def refusal(request):
     """Return the exception code for a request (its function code first), or None."""
-    function = request[0]
-    if function not in (READ, WRITE):
+    if request[0] not in (READ, WRITE):
         return ExcCodes.ILLEGAL_FUNCTION
-    if function == READ:
+    if request[0] == READ:
         wire_address, count = struct.unpack(">HH", request[1:])  # always these 4 bytes
         fits = 1 <= count <= MAX_COUNT and wire_address + count <= REGISTERS
         return None if fits else ExcCodes.ILLEGAL_ADDRESS  # the datasheet's code
@@ -229,14 +228,15 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        # The broker repeats its retained value at each login; that makes it no younger.
-        is_repeated = message.retain and round(watts / 10) in self.heard
+        # The broker sends its retained value at each login, so one heard before may be
+        # old: if it is the last one, its age goes on; an earlier one's is unknown.
+        may_be_old = message.retain and round(watts / 10) in self.heard
         self.heard.add(round(watts / 10))
-        if not is_repeated:
+        if not may_be_old:
             self.meter.update(watts)
             log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
             return
-        if watts != self.meter.watts:  # not the last one: nobody knows how old it is
+        if watts != self.meter.watts:  # an earlier one
             self.meter.update(0.0)
         log.info("rest power %g W again: serving %g W", watts, self.meter.served)
 
@@ -324,8 +324,7 @@ def find_frames(data):
 class Line:
     """What is known of the line and of the heat pump; it outlives the servers."""
 
-    def __init__(self, meter):
-        self.meter = meter
+    def __init__(self):
         self.own = SerialSettings(baudrate, parity, stopbits)  # of the settings block
         self.settings = self.own  # in use
         others = [one for one in ALL_SETTINGS if one != self.own]
@@ -365,7 +364,7 @@ def look_after(broker, line):
     """Do all that is due by time; the main thread calls it each TICK."""
     try:
         broker.loop_start()  # starts paho's thread, also where an error has ended it
-        line.meter.update()
+        broker.meter.update()
         if line.proven and line.settings != line.own:
             form = "the heat pump speaks {baudrate} bit/s 8{parity}{stopbits}: set "
             form += 'baudrate = {baudrate}, parity = "{parity}", stopbits = {stopbits}'
@@ -388,10 +387,10 @@ class Handler(pymodbus_server.ServerRequestHandler):
 
     def __init__(self, broker, line, *of_pymodbus):
         super().__init__(*of_pymodbus)
-        self.max_buffer_size = 1024  # bytes; pymodbus drops longer reads; default 264
+        self.max_buffer_size = 1024  # bytes, the longest read; pymodbus drops over 264
         self.broker, self.line = broker, line
         self.left = b""  # the bytes that belong to no frame yet
-        self.byte_came = True  # lately; some may have come before the server started
+        self.byte_came = False  # since burst() looked last
         self.good_frames = 0  # since the start; two prove the serial settings
 
     def callback_connected(self):
@@ -415,27 +414,29 @@ class Handler(pymodbus_server.ServerRequestHandler):
         await ServerAsyncStop()
 
     async def search(self):
-        """Return once the serial settings prove to be wrong; never while they fit."""
-        patience = PATIENCE if self.line.settings == self.line.own else 0  # s
-        misfits = []  # s, when bursts without a good frame ended, within a minute
-        await self.burst()  # the first may begin amid a frame, so it proves nothing
-        while not misfits or now() - misfits[0] < patience:
+        """Return when misfits (bursts without a good frame) show the settings wrong."""
+        on_trial = self.line.settings != self.line.own  # then one misfit is enough
+        misfits = []  # the times of those in a row, s
+        await self.burst(has_begun=True)  # maybe amid a frame, so it proves nothing
+        while True:
             if await self.burst() or self.line.proven:
                 misfits = []
-            else:
-                misfits = [time for time in misfits if now() - time < 3 * PATIENCE]
-                misfits.append(now())
+                continue
+            if misfits and now() - misfits[-1] > 3 * PATIENCE:
+                misfits = []  # those so long before were stray noise
+            misfits.append(now())
+            if on_trial or misfits[-1] - misfits[0] >= PATIENCE:
+                return
 
-    async def burst(self):
-        """Wait for bytes and then for a PAUSE; return if a good frame was in them."""
-        self.left, before = b"", self.good_frames
+    async def burst(self, has_begun=False):
+        """Wait for bytes and then for a PAUSE; return whether a good frame came."""
+        self.left, self.byte_came, before = b"", has_begun, self.good_frames
         while not self.byte_came:
             await asyncio.sleep(PAUSE)
-        while self.byte_came:
+        # Noise may never pause, so while nothing is proven, MAX_FRAME bytes are enough.
+        while self.byte_came and (self.line.proven or len(self.left) < MAX_FRAME):
             self.byte_came = False
             await asyncio.sleep(PAUSE)
-            if len(self.left) == MAX_FRAME and not self.line.proven:
-                self.byte_came = False  # over; noise may have no pause
         return self.good_frames > before
 
     def callback_data(self, data, addr=None):
@@ -458,9 +459,8 @@ class Handler(pymodbus_server.ServerRequestHandler):
     def answer(self, request):
         """Answer a request to us (from its function code on, without the CRC)."""
         self.line.proven = True  # a request to us proves the serial settings
-        self.line.meter.update()  # before each answer, so no value too old goes out
-        code = refusal(request)
-        if code:
+        self.broker.meter.update()  # before each answer, so no value too old goes out
+        if code := refusal(request):
             self.line.refused = self.line.refused or request
             self.pdu_send(ExceptionResponse(request[0], code, unit_id))
             return
@@ -476,11 +476,11 @@ def serve(broker, line):
     # pymodbus looks its handler's class up by this name for each server: now ours.
     pymodbus_server.ServerRequestHandler = partial(Handler, broker, line)
     while not orders:
-        line.meter.baudrate = line.settings.baudrate
+        broker.meter.baudrate = line.settings.baudrate
         port = {"port": serial_port, **line.settings._asdict()}
         try:
             serial.Serial(exclusive=True, **port).close()  # pymodbus hides its error
-            StartSerialServer(line.meter, **port)  # until attend() ends it
+            StartSerialServer(broker.meter, **port)  # until attend() ends it
             fault = "is not there" if line.is_lost else ""
         except (OSError, RuntimeError, termios.error) as error:  # args: [errno,] text
             fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
@@ -507,7 +507,7 @@ def main():
     logging.getLogger("pymodbus.logging").disabled = log_level != "DEBUG"
     log.info("powermeter.py starts")
     broker = Broker(Meter())
-    serve(broker, Line(broker.meter))
+    serve(broker, Line())
     if status_topic:
         broker.publish(status_topic, "offline", retain=True)
     broker.disconnect()
