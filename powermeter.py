@@ -228,17 +228,16 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        # The broker sends its retained value at each login, so one heard before may be
-        # old: if it is the last one, its age goes on; an earlier one's is unknown.
-        may_be_old = message.retain and round(watts / 10) in self.heard
-        self.heard.add(round(watts / 10))
-        if not may_be_old:
-            self.meter.update(watts)
-            log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
+        # At each login the broker sends its retained value: one heard before may be old.
+        if message.retain and round(watts / 10) in self.heard:
+            # The age of the last value just goes on; that of an earlier one is unknown.
+            if watts != self.meter.watts:
+                self.meter.update(0.0)
+            log.info("rest power %g W again: serving %g W", watts, self.meter.served)
             return
-        if watts != self.meter.watts:  # an earlier one
-            self.meter.update(0.0)
-        log.info("rest power %g W again: serving %g W", watts, self.meter.served)
+        self.heard.add(round(watts / 10))
+        self.meter.update(watts)
+        log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
 
     def on_pre_connect(self, _client, _userdata):
         """Set what on_disconnect() says of a broker that closes without an answer."""
@@ -387,9 +386,9 @@ class Handler(pymodbus_server.ServerRequestHandler):
 
     def __init__(self, broker, line, *of_pymodbus):
         super().__init__(*of_pymodbus)
-        self.max_buffer_size = 1024  # bytes, the longest read; pymodbus drops over 264
+        self.max_buffer_size = 1024  # bytes, a full serial read; the default drops it
         self.broker, self.line = broker, line
-        self.left = b""  # the bytes that belong to no frame yet
+        self.left = b""  # bytes that belong to no frame yet; each burst() empties it
         self.byte_came = False  # since burst() looked last
         self.good_frames = 0  # since the start; two prove the serial settings
 

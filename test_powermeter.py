@@ -745,8 +745,7 @@ def test_broker_whose_certificate_does_not_verify_is_refused(rig, certificates, 
     rig = rig(mqtt_server=server, **tls(certificates, ca)).begin()
     rig.script.says("ERROR cannot reach the MQTT broker", "the meter is on the line")
     assert "certificate verify failed" in rig.script.complaint()
-    assert "mqtt_ca_file" in rig.script.complaint()
-    assert "mqtt_server" in rig.script.complaint()
+    assert "mqtt_ca_file and mqtt_server" in rig.script.complaint()
     assert "connected" not in rig.script.log()
     assert rig.line.power() == (0, 0, 0, 0)
 
@@ -1000,8 +999,7 @@ def test_adapter_pulled_and_plugged_in_again_serves_the_newest_value(rig, busy):
         rig.line.plug()
         back = time.monotonic()
         rig.script.says("the meter is on the line", times=turn + 1)
-        phase = watts // 30
-        assert rig.line.power() == (phase, phase, phase, 3 * phase)
+        assert rig.line.power() == (*3 * (watts // 30,), watts // 10)
         assert time.monotonic() - back < 3
     assert rig.script.log().count("the meter is on the line") == 3
     assert "ERROR" not in rig.script.log()
@@ -1183,9 +1181,8 @@ def test_meter_replies_as_the_datasheet_says(meter, script, request_, reply):
     assert meter.line.ask(frame(f"3C {request_}")) == frame(f"3C {reply}")
     assert [meter.line.registers(wire, 13) for wire in (0, 13, 26, 39)] == before
     assert meter.line.hear(0) == b""
-    function, code = bytes.fromhex(reply)[:2]
-    refusal = script.refusal(bytes.fromhex(request_))
-    assert refusal == (code if function > 0x80 else None)
+    kind, code = bytes.fromhex(reply)[:2]
+    assert script.refusal(bytes.fromhex(request_)) == (code if kind > 0x80 else None)
 
 
 @pytest.mark.parametrize("text", FRAMES.values(), ids=FRAMES)
@@ -1301,8 +1298,7 @@ def test_silence_a_good_frame_and_rare_noise_move_no_serial_setting(rig):
 def test_two_good_frames_or_one_to_us_prove_the_settings(rig, frames, are_proof):
     line = rig(**HASTE).start().line
     line.ask(bytes_of(frames), 0.2)
-    seen = line.noise(3)
-    assert str(set(seen) == {(19200, "E")}) == are_proof
+    assert str(set(line.noise(3)) == {(19200, "E")}) == are_proof
     line.find()
 
 
@@ -1318,12 +1314,19 @@ def test_frames_in_pieces_fit_and_settings_that_answer_are_not_left_any_more(rig
     turns = [*[b""] * 8, b"noise"] * 10
     eventually(lambda: fits(turns.pop(), 1), 30, "the settings")  # seen at once
     assert fits(b"\x55" * 300 + POLL[3:])  # began with the settings before
-    assert fits(POLL_9[:3], 1)
-    assert fits(POLL_9[3:] + b"noise")
+    assert fits(POLL_9[:3], 1) and fits(POLL_9[3:] + b"noise")
     assert fits(b"noise", 1) and line.ask(POLL)[:3] == b"\x3c\x03\x1c"
     for _ in range(6):  # noise that cuts no poll
         assert fits(b"\x55" * 300, 1) and fits(POLL[:4], 2)
         assert line.ask(POLL[4:])[:3] == b"\x3c\x03\x1c"
+
+
+def test_settings_that_fit_at_the_last_moment_are_kept(rig):
+    rig = rig(PATIENCE=0, PAUSE=0.05, TICK=3, log_level="DEBUG").start()
+    rig.line.noise(0.5)  # for which they are to be left at the next TICK
+    rig.line.find()
+    assert set(rig.line.noise(8)) == {(19200, "E")}
+    assert rig.script.log().count("Server listening") == 2  # with the same settings
 
 
 def test_adapter_pulled_during_the_search_goes_on_with_it(rig):
@@ -1445,8 +1448,7 @@ def test_sunny_day_ends_by_itself_and_leaves_nothing_behind():
         rows = [tuple(map(float, found)) for found in re.findall(row, day.log())]
     assert len(rows) >= 2
     totals = [total for _, total in rows]
-    assert totals[0] < 0 < max(totals)
-    assert totals[-1] < 0
+    assert totals[0] < 0 < max(totals) and totals[-1] < 0
     assert all(abs(3 * phase - total) < 0.03 for phase, total in rows)
 
 
