@@ -228,11 +228,11 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        # At each login the broker sends its retained value: one heard before may be old.
+        # The broker sends a retained value at each login; one heard before may be old.
         if message.retain and round(watts / 10) in self.heard:
-            # The age of the last value just goes on; that of an earlier one is unknown.
-            if watts != self.meter.watts:
+            if watts != self.meter.watts:  # an earlier value: nobody knows its age
                 self.meter.update(0.0)
+            # The last value again needs nothing done: its age goes on.
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
             return
         self.heard.add(round(watts / 10))
@@ -416,7 +416,8 @@ class Handler(pymodbus_server.ServerRequestHandler):
         """Return when misfits (bursts without a good frame) show the settings wrong."""
         on_trial = self.line.settings != self.line.own  # then one misfit is enough
         misfits = []  # the times of those in a row, s
-        await self.burst(has_begun=True)  # maybe amid a frame, so it proves nothing
+        # One may have begun before the server did, amid a frame, so it proves nothing.
+        await self.burst(has_begun=True)
         while True:
             if await self.burst() or self.line.proven:
                 misfits = []
@@ -428,7 +429,7 @@ class Handler(pymodbus_server.ServerRequestHandler):
                 return
 
     async def burst(self, has_begun=False):
-        """Wait for bytes and then for a PAUSE; return whether a good frame came."""
+        """Wait for bytes unless has_begun, and a PAUSE; return if a good frame came."""
         self.left, self.byte_came, before = b"", has_begun, self.good_frames
         while not self.byte_came:
             await asyncio.sleep(PAUSE)

@@ -1283,11 +1283,9 @@ def test_silence_a_good_frame_and_rare_noise_move_no_serial_setting(rig):
 
     assert stays(0, b"noise")
     assert stays(10, POLL_9)  # a good frame: the noise before it does not count
-    assert stays(10, b"noise")
-    assert stays(10, b"noise")
+    assert stays(10, b"noise") and stays(10, b"noise")
     assert stays(1000, b"noise")  # the noise before it does not count either
-    assert stays(10, b"noise")
-    assert not stays(10, b"noise")
+    assert stays(10, b"noise") and not stays(10, b"noise")
     assert stays(1000, b"")  # the same during the search
     assert not stays(0, b"noise")
     assert time.monotonic() - begin > 8  # s, for 48 looks of 0.2 s each
