@@ -228,11 +228,11 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        # The broker sends a retained value at each login; one heard before may be old.
+        # A retained value comes at each login: only one not heard before counts as new.
         if message.retain and round(watts / 10) in self.heard:
-            if watts != self.meter.watts:  # an earlier value: nobody knows its age
+            if watts != self.meter.watts:  # not the last one: nobody knows its age
                 self.meter.update(0.0)
-            # The last value again needs nothing done: its age goes on.
+            # The last one again needs nothing: its age goes on.
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
             return
         self.heard.add(round(watts / 10))
@@ -386,7 +386,7 @@ class Handler(pymodbus_server.ServerRequestHandler):
 
     def __init__(self, broker, line, *of_pymodbus):
         super().__init__(*of_pymodbus)
-        self.max_buffer_size = 1024  # bytes, a full serial read; the default drops it
+        self.max_buffer_size = 1024  # bytes of a full serial read; pymodbus drops more
         self.broker, self.line = broker, line
         self.left = b""  # bytes that belong to no frame yet; each burst() empties it
         self.byte_came = False  # since burst() looked last
@@ -416,7 +416,7 @@ class Handler(pymodbus_server.ServerRequestHandler):
         """Return when misfits (bursts without a good frame) show the settings wrong."""
         on_trial = self.line.settings != self.line.own  # then one misfit is enough
         misfits = []  # the times of those in a row, s
-        # One may have begun before the server did, amid a frame, so it proves nothing.
+        # The first burst may have begun before the server, amid a frame: it is no proof.
         await self.burst(has_begun=True)
         while True:
             if await self.burst() or self.line.proven:
