@@ -58,7 +58,7 @@ READ_TIMEOUT = 60  # s without a read after which the heat pump counts as not re
 PATIENCE = 20  # s of bytes without a good frame until other settings are tried
 TICK = 0.2  # s between two calls of look_after()
 PAUSE = 0.2  # s without a byte, which end a burst: bytes that belong together
-MIN_FRAME, MAX_FRAME = 4, 256  # bytes, the shortest and the longest frame
+MIN_FRAME, MAX_FRAME, MAX_READ = 4, 256, 1024  # bytes, of a frame, of a serial read
 BAUDRATES = (19200, 9600, 38400, 115200, 57600, 4800, 2400, 1200)  # likely ones first
 SerialSettings = namedtuple("SerialSettings", "baudrate parity stopbits")
 ALL_SETTINGS = [SerialSettings(b, p, 1) for b in BAUDRATES for p in "ENO"]
@@ -228,16 +228,16 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        # A retained value comes at each login: only one not heard before counts as new.
-        if message.retain and round(watts / 10) in self.heard:
-            if watts != self.meter.watts:  # not the last one: nobody knows its age
-                self.meter.update(0.0)
-            # The last one again needs nothing: its age goes on.
-            log.info("rest power %g W again: serving %g W", watts, self.meter.served)
-            return
+        is_repeated = message.retain and round(watts / 10) in self.heard  # may be old
         self.heard.add(round(watts / 10))
-        self.meter.update(watts)
-        log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
+        if not is_repeated:
+            self.meter.update(watts)
+            log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
+        elif watts == self.meter.watts:  # the last one: it stays, and its age goes on
+            log.info("rest power %g W again: serving %g W", watts, self.meter.served)
+        else:  # one from before the last: nobody knows its age
+            self.meter.update(0.0)
+            log.info("rest power %g W again: serving 0 W", watts)
 
     def on_pre_connect(self, _client, _userdata):
         """Set what on_disconnect() says of a broker that closes without an answer."""
@@ -386,7 +386,7 @@ class Handler(pymodbus_server.ServerRequestHandler):
 
     def __init__(self, broker, line, *of_pymodbus):
         super().__init__(*of_pymodbus)
-        self.max_buffer_size = 1024  # bytes of a full serial read; pymodbus drops more
+        self.max_buffer_size = MAX_READ  # else pymodbus drops reads of over 264 bytes
         self.broker, self.line = broker, line
         self.left = b""  # bytes that belong to no frame yet; each burst() empties it
         self.byte_came = False  # since burst() looked last
@@ -415,21 +415,21 @@ class Handler(pymodbus_server.ServerRequestHandler):
     async def search(self):
         """Return when misfits (bursts without a good frame) show the settings wrong."""
         on_trial = self.line.settings != self.line.own  # then one misfit is enough
-        misfits = []  # the times of those in a row, s
-        # The first burst may have begun before the server, amid a frame: it is no proof.
+        misfits = []  # the times of those since the last good burst, s
+        # The first burst may have begun before the server, amid a frame: no misfit.
         await self.burst(has_begun=True)
         while True:
             if await self.burst() or self.line.proven:
                 misfits = []
                 continue
             if misfits and now() - misfits[-1] > 3 * PATIENCE:
-                misfits = []  # those so long before were stray noise
+                misfits = []  # the last came long ago: they were stray noise
             misfits.append(now())
             if on_trial or misfits[-1] - misfits[0] >= PATIENCE:
                 return
 
     async def burst(self, has_begun=False):
-        """Wait for bytes unless has_begun, and a PAUSE; return if a good frame came."""
+        """Wait for a burst (or the rest of one); return whether it had a good frame."""
         self.left, self.byte_came, before = b"", has_begun, self.good_frames
         while not self.byte_came:
             await asyncio.sleep(PAUSE)
@@ -443,8 +443,8 @@ class Handler(pymodbus_server.ServerRequestHandler):
         """Take all bytes that came; answer if the last frame in them is for us."""
         self.byte_came = self.line.alive = True
         self.left += data
-        if len(data) == self.max_buffer_size and self.transport.sync_serial.in_waiting:
-            return len(data)  # a full read, and more waits: take all of it first
+        if len(data) == MAX_READ and self.transport.sync_serial.in_waiting:
+            return len(data)  # more waits: take all of it first
         frames, self.left = find_frames(self.left)
         for frame, is_answer in frames:
             self.line.note(frame, is_answer)
@@ -479,7 +479,7 @@ def serve(broker, line):
         broker.meter.baudrate = line.settings.baudrate
         port = {"port": serial_port, **line.settings._asdict()}
         try:
-            serial.Serial(exclusive=True, **port).close()  # pymodbus hides its error
+            serial.Serial(exclusive=True, **port).close()  # its OSError tells the cause
             StartSerialServer(broker.meter, **port)  # until attend() ends it
             fault = "is not there" if line.is_lost else ""
         except (OSError, RuntimeError, termios.error) as error:  # args: [errno,] text
