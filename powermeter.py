@@ -147,8 +147,7 @@ def meter_registers(watts, rate):
         *(unit_id, 0, 0, 0),  # R24 Modbus address, R25-27 errors, not used, tariff
         *[0] * 8,  # R28-35 energy, 0.01 kWh; 0, as counts would be lost at restarts
         *(phase * 3),  # R36-50 phases 1 to 3
-        (surplus_sign * round(watts / 10)) & 0xFFFF,  # R51 active power, total, 10 W
-        0,  # R52 reactive power, total, 10 var
+        *((surplus_sign * round(watts / 10)) & 0xFFFF, 0),  # R51-52 total, 10 W, 10 var
     ]
 
 
@@ -221,14 +220,15 @@ class Broker(Client):
         self.connect_async(mqtt_server, mqtt_port, keepalive=10)  # s
 
     def on_message(self, _client, _userdata, message):
-        """Write the rest power into the datastore; 0 W where it cannot be right."""
+        """Write the rest power into the datastore; 0 W if it is wrong or may be old."""
         raw = message.payload.decode(errors="replace")
         if not NUMBER.fullmatch(raw) or abs(float(raw)) > MAX_WATTS:
             self.meter.update(0.0)
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        is_repeated = message.retain and round(watts / 10) in self.heard  # may be old
+        # A broker sends its retained value at each login: heard before, it may be old.
+        is_repeated = message.retain and round(watts / 10) in self.heard
         self.heard.add(round(watts / 10))
         if not is_repeated:
             self.meter.update(watts)
@@ -394,7 +394,7 @@ class Handler(pymodbus_server.ServerRequestHandler):
 
     def callback_connected(self):
         """Begin to look after all; pymodbus calls this when the adapter is open."""
-        asyncio.create_task(self.attend())  # first, as run() may raise
+        asyncio.create_task(self.attend())  # first, as run() raises without stty
         say("adapter", log.info, f"the meter is on the line: {serial_port}")
         # pyserial turns the check of parity off: bytes with a wrong one would pass
         run(["stty", "-F", serial_port, "inpck"], stderr=DEVNULL, check=False)
@@ -433,7 +433,7 @@ class Handler(pymodbus_server.ServerRequestHandler):
         self.left, self.byte_came, before = b"", has_begun, self.good_frames
         while not self.byte_came:
             await asyncio.sleep(PAUSE)
-        # Noise may never pause, so while nothing is proven, MAX_FRAME bytes are enough.
+        # Noise may never pause: until proven, MAX_FRAME bytes left also end a burst.
         while self.byte_came and (self.line.proven or len(self.left) < MAX_FRAME):
             self.byte_came = False
             await asyncio.sleep(PAUSE)
@@ -499,7 +499,7 @@ def main():
     check_settings()
     for number in (signal.SIGINT, signal.SIGTERM):  # KeyboardInterrupt could get lost
         signal.signal(number, lambda *_: orders.append("stop"))
-    # Ctrl-S in the terminal then stops only the listener; a full queue drops lines.
+    # Thanks to a queue, Ctrl-S stops only the listener; a full queue drops lines.
     lines, layout = queue.Queue(1000), "%(asctime)s %(levelname)s %(message)s"
     QueueListener(lines, logging.StreamHandler(sys.stdout)).start()
     logging.basicConfig(level=log_level, handlers=[QueueHandler(lines)], format=layout)
