@@ -15,7 +15,7 @@ mqtt_password = ""  # its password; "" = without
 mqtt_tls = False  # True = encrypted, and the broker's certificate is verified
 mqtt_ca_file = ""  # CA file for a broker's own certificate; "" = the system's CAs
 max_age = 300  # s, a value older than that is served as 0 W; 0 = no limit
-status_topic = ""  # whether the heat pump reads is published here; "" = nowhere
+status_topic = ""  # topic that says whether the heat pump reads the meter; "" = none
 
 serial_port = "/dev/ttyUSB0"  # the adapter; better its name in /dev/serial/by-id/
 baudrate = 19200  # bit/s; the heat pump's own is found, this is only tried first
@@ -57,7 +57,7 @@ from pymodbus.simulator import DataType, SimData, SimDevice
 READ_TIMEOUT = 60  # s without a read after which the heat pump counts as not reading
 PATIENCE = 20  # s of bytes without a good frame until other settings are tried
 TICK = 0.2  # s between two calls of look_after()
-PAUSE = 0.2  # s without a byte, which end a burst: bytes that belong together
+PAUSE = 0.2  # s without a byte, after which a new burst of bytes begins
 MIN_FRAME, MAX_FRAME, MAX_READ = 4, 256, 1024  # bytes, of a frame, of a serial read
 BAUDRATES = (19200, 9600, 38400, 115200, 57600, 4800, 2400, 1200)  # likely ones first
 SerialSettings = namedtuple("SerialSettings", "baudrate parity stopbits")
@@ -313,7 +313,7 @@ def find_frames(data):
             start += 1  # noise may come before a frame
     left = data[end:]
     # Last, all bytes left may be one request to us whose size first_frame() does not
-    # know: another function, or a WRITE cut short. (A READ's it knows: 8 bytes.)
+    # know: a WRITE that was cut short, or any function but READ and WRITE.
     is_intact = len(left) >= MIN_FRAME and FramerRTU.compute_CRC(left) == 0
     if is_intact and left[0] == unit_id and 0 < left[1] < 0x80 and left[1] != READ:
         return [*frames, (left, False)], b""
