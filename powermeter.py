@@ -312,8 +312,8 @@ def find_frames(data):
         else:
             start += 1  # noise may come before a frame
     left = data[end:]
-    # Last, all bytes left may be one request to us whose size first_frame() does not
-    # know: a WRITE that was cut short, or any function but READ and WRITE.
+    # Last, all bytes left may be one request to us of a size that first_frame() does
+    # not expect, such as a WRITE cut short. (No READ: refusal() needs a READ whole.)
     is_intact = len(left) >= MIN_FRAME and FramerRTU.compute_CRC(left) == 0
     if is_intact and left[0] == unit_id and 0 < left[1] < 0x80 and left[1] != READ:
         return [*frames, (left, False)], b""
@@ -394,7 +394,7 @@ class Handler(pymodbus_server.ServerRequestHandler):
 
     def callback_connected(self):
         """Begin to look after all; pymodbus calls this when the adapter is open."""
-        asyncio.create_task(self.attend())  # first, as run() raises without stty
+        asyncio.create_task(self.attend())  # first, as what follows may raise
         say("adapter", log.info, f"the meter is on the line: {serial_port}")
         # pyserial turns the check of parity off: bytes with a wrong one would pass
         run(["stty", "-F", serial_port, "inpck"], stderr=DEVNULL, check=False)
@@ -433,7 +433,7 @@ class Handler(pymodbus_server.ServerRequestHandler):
         self.left, self.byte_came, before = b"", has_begun, self.good_frames
         while not self.byte_came:
             await asyncio.sleep(PAUSE)
-        # Noise may never pause: until proven, MAX_FRAME bytes left also end a burst.
+        # It ends at a pause or, until proven, at MAX_FRAME bytes left: endless noise.
         while self.byte_came and (self.line.proven or len(self.left) < MAX_FRAME):
             self.byte_came = False
             await asyncio.sleep(PAUSE)
