@@ -312,8 +312,8 @@ def find_frames(data):
         else:
             start += 1  # noise may come before a frame
     left = data[end:]
-    # Last, all bytes left may be one request to us of a size that first_frame() does
-    # not expect, such as a WRITE cut short. (No READ: refusal() needs a READ whole.)
+    # Last, all bytes left may be one request to us whose size first_frame() does not
+    # know, such as a WRITE cut short. (No READ: half an answer would look like one.)
     is_intact = len(left) >= MIN_FRAME and FramerRTU.compute_CRC(left) == 0
     if is_intact and left[0] == unit_id and 0 < left[1] < 0x80 and left[1] != READ:
         return [*frames, (left, False)], b""
@@ -433,7 +433,7 @@ class Handler(pymodbus_server.ServerRequestHandler):
         self.left, self.byte_came, before = b"", has_begun, self.good_frames
         while not self.byte_came:
             await asyncio.sleep(PAUSE)
-        # It ends at a pause or, until proven, at MAX_FRAME bytes left: endless noise.
+        # It ends at a pause; until proven, also when MAX_FRAME bytes have fit no frame.
         while self.byte_came and (self.line.proven or len(self.left) < MAX_FRAME):
             self.byte_came = False
             await asyncio.sleep(PAUSE)
