@@ -50,8 +50,7 @@ from paho.mqtt.client import CallbackAPIVersion, Client
 from pymodbus.constants import ExcCodes
 from pymodbus.framer import FramerRTU
 from pymodbus.pdu import ExceptionResponse
-from pymodbus.server import ServerAsyncStop, StartSerialServer
-from pymodbus.server import base as pymodbus_server
+from pymodbus.server import ServerAsyncStop, StartSerialServer, base
 from pymodbus.simulator import DataType, SimData, SimDevice
 
 READ_TIMEOUT = 60  # s without a read after which the heat pump counts as not reading
@@ -313,7 +312,7 @@ def find_frames(data):
             start += 1  # noise may come before a frame
     left = data[end:]
     # Last, all bytes left may be one request to us whose size first_frame() does not
-    # know, such as a WRITE cut short. (No READ: half an answer would look like one.)
+    # know: another function, or a WRITE cut short. (Not a READ: its size is known.)
     is_intact = len(left) >= MIN_FRAME and FramerRTU.compute_CRC(left) == 0
     if is_intact and left[0] == unit_id and 0 < left[1] < 0x80 and left[1] != READ:
         return [*frames, (left, False)], b""
@@ -381,7 +380,7 @@ def look_after(broker, line):
         say("error", log.exception, f"going on after an error: {error!r}")
 
 
-class Handler(pymodbus_server.ServerRequestHandler):
+class Handler(base.ServerRequestHandler):
     """A server's handler. pymodbus's own loses requests to us and answers others'."""
 
     def __init__(self, broker, line, *of_pymodbus):
@@ -433,10 +432,11 @@ class Handler(pymodbus_server.ServerRequestHandler):
         self.left, self.byte_came, before = b"", has_begun, self.good_frames
         while not self.byte_came:
             await asyncio.sleep(PAUSE)
-        # It ends at a pause; until proven, also when MAX_FRAME bytes have fit no frame.
-        while self.byte_came and (self.line.proven or len(self.left) < MAX_FRAME):
+        while self.byte_came:
             self.byte_came = False
             await asyncio.sleep(PAUSE)
+            if len(self.left) >= MAX_FRAME and not self.line.proven:
+                break  # so much that fits no frame is noise, which may never pause
         return self.good_frames > before
 
     def callback_data(self, data, addr=None):
@@ -474,7 +474,7 @@ class Handler(pymodbus_server.ServerRequestHandler):
 def serve(broker, line):
     """Run server after server until the stop, each with the line's present settings."""
     # pymodbus looks its handler's class up by this name for each server: now ours.
-    pymodbus_server.ServerRequestHandler = partial(Handler, broker, line)
+    base.ServerRequestHandler = partial(Handler, broker, line)
     while not orders:
         broker.meter.baudrate = line.settings.baudrate
         port = {"port": serial_port, **line.settings._asdict()}
