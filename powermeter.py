@@ -56,7 +56,7 @@ from pymodbus.simulator import DataType, SimData, SimDevice
 READ_TIMEOUT = 60  # s without a read after which the heat pump counts as not reading
 PATIENCE = 20  # s of bytes without a good frame until other settings are tried
 TICK = 0.2  # s between two calls of look_after()
-PAUSE = 0.2  # s without a byte, after which a new burst of bytes begins
+PAUSE = 0.1  # s without a byte, after which a new burst of bytes begins
 MIN_FRAME, MAX_FRAME, MAX_READ = 4, 256, 1024  # bytes, of a frame, of a serial read
 BAUDRATES = (19200, 9600, 38400, 115200, 57600, 4800, 2400, 1200)  # likely ones first
 SerialSettings = namedtuple("SerialSettings", "baudrate parity stopbits")
@@ -290,8 +290,7 @@ def first_frame(data):
         sizes = [(8, True), (9 + data[6], False)]  # data[6]: number of bytes to write
     elif function > 0x80 and third < 12:
         sizes = [(5, True)]  # an exception; third is its code, below 12
-    # compute_CRC() is 0 over a frame with its CRC, and still 0 if zero bytes follow: a
-    # short frame and zeros could pass as a long one. So the shorter size goes first.
+    # compute_CRC() over a frame and its CRC is 0, even if zeros follow: shorter first.
     for size, is_answer in sorted(sizes):  # of two equal ones the request (False)
         if size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
@@ -397,6 +396,7 @@ class Handler(base.ServerRequestHandler):
         say("adapter", log.info, f"the meter is on the line: {serial_port}")
         # pyserial turns the check of parity off: bytes with a wrong one would pass
         run(["stty", "-F", serial_port, "inpck"], stderr=DEVNULL, check=False)
+        self.transport.sync_serial.reset_input_buffer()  # drops what came before stty
 
     async def attend(self):
         """Look after all each TICK; end the server when it has to end."""
@@ -487,7 +487,7 @@ def serve(broker, line):
         if fault:
             what = f"the adapter {serial_port} {fault}: trying every second"
             say("adapter", log.warning, what)
-            if not line.proven:  # maybe the adapter does not support them
+            if fault.startswith("fails") and not line.proven:  # maybe unsupported
                 line.settings = line.own
             look_after(broker, line)
             sleep(1)
