@@ -393,13 +393,13 @@ class Handler(base.ServerRequestHandler):
     def callback_connected(self):
         """Begin to look after all; pymodbus calls this when the adapter is open."""
         asyncio.create_task(self.attend())  # first, as what follows may raise
-        say("adapter", log.info, f"the meter is on the line: {serial_port}")
         # pyserial turns the check of parity off: bytes with a wrong one would pass
         run(["stty", "-F", serial_port, "inpck"], stderr=DEVNULL, check=False)
         self.transport.sync_serial.reset_input_buffer()  # drops what came before stty
 
     async def attend(self):
         """Look after all each TICK; end the server when it has to end."""
+        say("adapter", log.info, f"the meter is on the line: {serial_port}")
         search = asyncio.create_task(self.search())
         while self.is_active() and not search.done() and not orders:
             look_after(self.broker, self.line)

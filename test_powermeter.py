@@ -1319,10 +1319,10 @@ def test_settings_that_fit_at_the_last_moment_are_kept(rig):
 
 
 def test_what_came_before_parity_was_checked_is_not_believed(rig):
-    slow = "import subprocess as it\nrun = it.run\n"
-    slow += "it.run = lambda *args, **more: time.sleep(2) or run(*args, **more)"
+    slow = "import subprocess as it\nrun = it.run\nit.run = lambda *args, **more: "
+    slow += "print('stty', flush=True) or time.sleep(2) or run(*args, **more)"
     rig = rig(sabotage=slow).begin()
-    rig.script.says("the meter is on the line")
+    rig.script.says("stty")
     assert rig.line.ask(POLL, 3) == b""
     rig.line.find()
 
