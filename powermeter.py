@@ -226,7 +226,7 @@ class Broker(Client):
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        # A broker sends its retained value at each login: heard before, it may be old.
+        # A broker sends a retained value at each login: if heard before, it may be old.
         is_repeated = message.retain and round(watts / 10) in self.heard
         self.heard.add(round(watts / 10))
         if not is_repeated:
@@ -487,8 +487,8 @@ def serve(broker, line):
         if fault:
             what = f"the adapter {serial_port} {fault}: trying every second"
             say("adapter", log.warning, what)
-            if fault.startswith("fails") and not line.proven:  # maybe unsupported
-                line.settings = line.own
+            if fault.startswith("fails") and not line.proven:
+                line.settings = line.own  # the adapter may not support those on trial
             look_after(broker, line)
             sleep(1)
             line.quiet_since = now()  # the heat pump could not read: 60 s begin anew
