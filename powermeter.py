@@ -155,10 +155,10 @@ def refusal(request):
     if request[0] not in (READ, WRITE):
         return ExcCodes.ILLEGAL_FUNCTION
     if request[0] == READ:
-        wire_address, count = struct.unpack(">HH", request[1:])  # always these 4 bytes
+        wire_address, count = struct.unpack(">HH", request[1:])  # a READ comes whole
         fits = 1 <= count <= MAX_COUNT and wire_address + count <= REGISTERS
         return None if fits else ExcCodes.ILLEGAL_ADDRESS  # the datasheet's code
-    if len(request) < 6:  # cut short before its values begin
+    if len(request) < 6:  # a WRITE may be cut short before its values
         return ExcCodes.ILLEGAL_VALUE
     wire_address, count, byte_count = struct.unpack(">HHB", request[1:6])
     if count == 0 or byte_count != 2 * count or byte_count != len(request) - 6:
@@ -311,7 +311,7 @@ def find_frames(data):
             start += 1  # noise may come before a frame
     left = data[end:]
     # Last, all bytes left may be one request to us whose size first_frame() does not
-    # know: another function, or a WRITE cut short. A READ cut short gets no answer.
+    # know: another function or a WRITE cut short (no READ: refusal() needs it whole).
     is_intact = len(left) >= MIN_FRAME and FramerRTU.compute_CRC(left) == 0
     if is_intact and left[0] == unit_id and 0 < left[1] < 0x80 and left[1] != READ:
         return [*frames, (left, False)], b""
@@ -392,7 +392,7 @@ class Handler(base.ServerRequestHandler):
 
     def callback_connected(self):
         """Begin to look after all; pymodbus calls this when the adapter is open."""
-        asyncio.create_task(self.attend())  # first, as what follows may raise
+        asyncio.create_task(self.attend())  # first, it is needed if the rest raises
         # pyserial turns the check of parity off: bytes with a wrong one would pass
         run(["stty", "-F", serial_port, "inpck"], stderr=DEVNULL, check=False)
         self.transport.sync_serial.reset_input_buffer()  # drops what came before stty
