@@ -388,7 +388,7 @@ class Handler(base.ServerRequestHandler):
         self.broker, self.line = broker, line
         self.left = b""  # bytes that belong to no frame yet; each burst() empties it
         self.byte_came = False  # since burst() looked last
-        self.good_frames = 0  # since the start; two prove the serial settings
+        self.good_frames = 0  # without exceptions; two prove the serial settings
 
     def callback_connected(self):
         """Begin to look after all; pymodbus calls this when the adapter is open."""
