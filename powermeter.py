@@ -290,7 +290,7 @@ def first_frame(data):
         sizes = [(8, True), (9 + data[6], False)]  # data[6]: number of bytes to write
     elif function > 0x80 and third < 12:
         sizes = [(5, True)]  # an exception; third is its code, below 12
-    # compute_CRC() over a frame and its CRC is 0, even if zeros follow: shorter first.
+    # compute_CRC(frame with its CRC) is 0, even if zeros follow: the shorter first.
     for size, is_answer in sorted(sizes):  # of two equal ones the request (False)
         if size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
@@ -311,7 +311,7 @@ def find_frames(data):
             start += 1  # noise may come before a frame
     left = data[end:]
     # Last, all bytes left may be one request to us whose size first_frame() does not
-    # know: another function or a WRITE cut short (no READ: refusal() needs it whole).
+    # know: another function or a WRITE cut short (a READ is 8 bytes, which it knows).
     is_intact = len(left) >= MIN_FRAME and FramerRTU.compute_CRC(left) == 0
     if is_intact and left[0] == unit_id and 0 < left[1] < 0x80 and left[1] != READ:
         return [*frames, (left, False)], b""
