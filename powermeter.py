@@ -430,7 +430,7 @@ class Handler(base.ServerRequestHandler):
     async def burst(self, has_begun=False):
         """Wait for a burst (or the rest of one); return whether it had a good frame."""
         self.left, self.byte_came, before = b"", has_begun, self.good_frames
-        while not self.byte_came:
+        while not self.byte_came:  # skipped if has_begun
             await asyncio.sleep(PAUSE)
         while self.byte_came:
             self.byte_came = False
