@@ -311,7 +311,7 @@ def find_frames(data):
             start += 1  # noise may come before a frame
     left = data[end:]
     # Last, all bytes left may be one request to us whose size first_frame() does not
-    # know: another function or a WRITE cut short; no READ, refusal() needs it whole.
+    # know: another function or a WRITE cut short; not a READ, which must be whole.
     is_intact = len(left) >= MIN_FRAME and FramerRTU.compute_CRC(left) == 0
     if is_intact and left[0] == unit_id and 0 < left[1] < 0x80 and left[1] != READ:
         return [*frames, (left, False)], b""
