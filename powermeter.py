@@ -310,10 +310,10 @@ def find_frames(data):
         else:
             start += 1  # noise may come before a frame
     left = data[end:]
-    # Last, all bytes left may be one request to us whose size first_frame() does not
-    # know: another function or a WRITE cut short; not a READ, which must be whole.
+    # All bytes left may be one request to us of a size that first_frame() does not
+    # know: of a function above 6, which has any size, such as a WRITE cut short.
     is_intact = len(left) >= MIN_FRAME and FramerRTU.compute_CRC(left) == 0
-    if is_intact and left[0] == unit_id and 0 < left[1] < 0x80 and left[1] != READ:
+    if is_intact and left[0] == unit_id and 6 < left[1] < 0x80:
         return [*frames, (left, False)], b""
     return frames, left[-MAX_FRAME:]
 
