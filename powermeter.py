@@ -290,7 +290,7 @@ def first_frame(data):
         sizes = [(8, True), (9 + data[6], False)]  # data[6]: number of bytes to write
     elif function > 0x80 and third < 12:
         sizes = [(5, True)]  # an exception; third is its code, below 12
-    # compute_CRC(frame with its CRC) is 0, even if zeros follow: the shorter first.
+    # A frame with its CRC has CRC 0, also with zeros behind it: so the shorter first.
     for size, is_answer in sorted(sizes):  # of two equal ones the request (False)
         if size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
             return data[:size], is_answer
