@@ -310,8 +310,8 @@ def find_frames(data):
         else:
             start += 1  # noise may come before a frame
     left = data[end:]
-    # All bytes left may be one request to us of a size that first_frame() does not
-    # know: of a function above 6, which has any size, such as a WRITE cut short.
+    # All bytes left may be one request to us whose size is unknown: a WRITE cut short,
+    # or another function. Those up to 6 have known sizes: first_frame() found them.
     is_intact = len(left) >= MIN_FRAME and FramerRTU.compute_CRC(left) == 0
     if is_intact and left[0] == unit_id and 6 < left[1] < 0x80:
         return [*frames, (left, False)], b""
