@@ -311,7 +311,7 @@ def find_frames(data):
             start += 1  # noise may come before a frame
     left = data[end:]
     # All bytes left may be one request to us whose size is unknown: a WRITE cut short,
-    # or another function. Those up to 6 have known sizes: first_frame() found them.
+    # or another function. Functions 1 to 6 have known sizes: first_frame() knows them.
     is_intact = len(left) >= MIN_FRAME and FramerRTU.compute_CRC(left) == 0
     if is_intact and left[0] == unit_id and 6 < left[1] < 0x80:
         return [*frames, (left, False)], b""
@@ -430,9 +430,9 @@ class Handler(base.ServerRequestHandler):
     async def burst(self, has_begun=False):
         """Wait for a burst (or the rest of one); return whether it had a good frame."""
         self.left, self.byte_came, before = b"", has_begun, self.good_frames
-        while not self.byte_came:  # skipped if has_begun
+        while not self.byte_came:  # until its first byte, unless it has begun
             await asyncio.sleep(PAUSE)
-        while self.byte_came:
+        while self.byte_came:  # until a PAUSE without a byte
             self.byte_came = False
             await asyncio.sleep(PAUSE)
             if len(self.left) >= MAX_FRAME and not self.line.proven:
