@@ -431,7 +431,7 @@ class Handler(base.ServerRequestHandler):
         """Wait for a burst (or the rest of one); return whether it had a good frame."""
         self.left, self.byte_came, before = b"", has_begun, self.good_frames
         while not self.byte_came:  # until its first byte, unless it has begun
-            await asyncio.sleep(PAUSE)
+            await asyncio.sleep(TICK)
         while self.byte_came:  # until a PAUSE without a byte
             self.byte_came = False
             await asyncio.sleep(PAUSE)
