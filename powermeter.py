@@ -392,7 +392,7 @@ class Handler(base.ServerRequestHandler):
 
     def callback_connected(self):
         """Begin to look after all; pymodbus calls this when the adapter is open."""
-        asyncio.create_task(self.attend())  # first, it is needed if the rest raises
+        asyncio.create_task(self.attend())  # first, to end the server if the rest fails
         # pyserial turns the check of parity off: bytes with a wrong one would pass
         run(["stty", "-F", serial_port, "inpck"], stderr=DEVNULL, check=False)
         self.transport.sync_serial.reset_input_buffer()  # drops what came before stty
