@@ -56,7 +56,7 @@ from pymodbus.simulator import DataType, SimData, SimDevice
 READ_TIMEOUT = 60  # s without a read after which the heat pump counts as not reading
 PATIENCE = 20  # s of bytes without a good frame until other settings are tried
 TICK = 0.2  # s between two calls of look_after()
-PAUSE = 0.1  # s without a byte, after which a new burst of bytes begins
+PAUSE = 0.2  # s without a byte, after which a new burst of bytes begins
 MIN_FRAME, MAX_FRAME, MAX_READ = 4, 256, 1024  # bytes, of a frame, of a serial read
 BAUDRATES = (19200, 9600, 38400, 115200, 57600, 4800, 2400, 1200)  # likely ones first
 SerialSettings = namedtuple("SerialSettings", "baudrate parity stopbits")
@@ -431,7 +431,7 @@ class Handler(base.ServerRequestHandler):
         """Wait for a burst (or the rest of one); return whether it had a good frame."""
         self.left, self.byte_came, before = b"", has_begun, self.good_frames
         while not self.byte_came:  # until its first byte, unless it has begun
-            await asyncio.sleep(TICK)
+            await asyncio.sleep(PAUSE)
         while self.byte_came:  # until a PAUSE without a byte
             self.byte_came = False
             await asyncio.sleep(PAUSE)
