@@ -234,7 +234,7 @@ class Broker(Client):
             log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
         elif watts == self.meter.watts:  # the last one: it stays, and its age goes on
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
-        else:  # one from before the last: nobody knows its age
+        else:  # an earlier one: left over or sent anew, nobody can tell
             self.meter.update(0.0)
             log.info("rest power %g W again: serving 0 W", watts)
 
@@ -388,11 +388,11 @@ class Handler(base.ServerRequestHandler):
         self.broker, self.line = broker, line
         self.left = b""  # bytes that belong to no frame yet; each burst() empties it
         self.byte_came = False  # since burst() looked last
-        self.good_frames = 0  # without exceptions; two prove the serial settings
+        self.good_frames = 0  # exception frames not counted; two prove the settings
 
     def callback_connected(self):
         """Begin to look after all; pymodbus calls this when the adapter is open."""
-        asyncio.create_task(self.attend())  # first, to end the server if the rest fails
+        asyncio.create_task(self.attend())  # first, so it runs even if the rest fails
         # pyserial turns the check of parity off: bytes with a wrong one would pass
         run(["stty", "-F", serial_port, "inpck"], stderr=DEVNULL, check=False)
         self.transport.sync_serial.reset_input_buffer()  # drops what came before stty
