@@ -219,14 +219,14 @@ class Broker(Client):
         self.connect_async(mqtt_server, mqtt_port, keepalive=10)  # s
 
     def on_message(self, _client, _userdata, message):
-        """Write the rest power into the datastore; 0 W if it is wrong or may be old."""
+        """Write the rest power into the datastore; 0 W if wrong or of unknown age."""
         raw = message.payload.decode(errors="replace")
         if not NUMBER.fullmatch(raw) or abs(float(raw)) > MAX_WATTS:
             self.meter.update(0.0)
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        # A broker sends a retained value at each login: if heard before, it may be old.
+        # A retained value comes at each login: new if never heard, else it may be old.
         is_repeated = message.retain and round(watts / 10) in self.heard
         self.heard.add(round(watts / 10))
         if not is_repeated:
@@ -234,7 +234,7 @@ class Broker(Client):
             log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
         elif watts == self.meter.watts:  # the last one: it stays, and its age goes on
             log.info("rest power %g W again: serving %g W", watts, self.meter.served)
-        else:  # an earlier one: left over or sent anew, nobody can tell
+        else:  # an earlier one, to 10 W: nobody knows its age
             self.meter.update(0.0)
             log.info("rest power %g W again: serving 0 W", watts)
 
