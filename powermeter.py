@@ -219,14 +219,14 @@ class Broker(Client):
         self.connect_async(mqtt_server, mqtt_port, keepalive=10)  # s
 
     def on_message(self, _client, _userdata, message):
-        """Write the rest power into the datastore; 0 W if wrong or of unknown age."""
+        """Write the rest power into the datastore, or 0 W where it cannot be trusted."""
         raw = message.payload.decode(errors="replace")
         if not NUMBER.fullmatch(raw) or abs(float(raw)) > MAX_WATTS:
             self.meter.update(0.0)
             log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
             return
         watts = float(raw)
-        # A retained value comes at each login: new if never heard, else it may be old.
+        # A retained value comes at each login: taken as new only if never heard before.
         is_repeated = message.retain and round(watts / 10) in self.heard
         self.heard.add(round(watts / 10))
         if not is_repeated:
