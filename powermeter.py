@@ -219,7 +219,7 @@ class Broker(Client):
         self.connect_async(mqtt_server, mqtt_port, keepalive=10)  # s
 
     def on_message(self, _client, _userdata, message):
-        """Write the rest power into the datastore, or 0 W where it cannot be trusted."""
+        """Write the rest power into the datastore; 0 W where it cannot be trusted."""
         raw = message.payload.decode(errors="replace")
         if not NUMBER.fullmatch(raw) or abs(float(raw)) > MAX_WATTS:
             self.meter.update(0.0)
