@@ -1,7 +1,11 @@
 """Viessmann's energy meter, a rebranded Saia-Burgess ALE3, emulated on RS-485.
 
     restPower = hpPower - gridPower    W left for the heat pump; gridPower < 0: feed-in
-    MQTT broker -> Broker.on_message -> Meter.registers -> pymodbus -> heat pump
+    MQTT broker -> Broker.on_rest_power -> Meter -> pymodbus's server -> heat pump
+
+Three threads: paho's writes each rest power into the meter's registers; the main one
+searches the heat pump's serial settings, then serves the registers with them; and
+look_after() does what is due by time.
 
 Edit the settings, then start it in the README's environment: python3 powermeter.py
 """
@@ -28,108 +32,154 @@ log_level = "INFO"  # "DEBUG" = every frame too; "WARNING", "ERROR" = less
 
 import asyncio
 import errno
+import glob
+import grp
 import logging
 import os
 import queue
 import re
 import signal
+import socket
 import ssl
 import struct
 import sys
 import termios
 import threading
-from collections import namedtuple
 from functools import partial
 from itertools import cycle
 from logging.handlers import QueueHandler, QueueListener
-from subprocess import DEVNULL, run
 from time import CLOCK_BOOTTIME, clock_gettime, sleep
+from typing import NamedTuple
 
 import serial
 from paho.mqtt.client import CallbackAPIVersion, Client
 from pymodbus.constants import ExcCodes
 from pymodbus.framer import FramerRTU
 from pymodbus.pdu import ExceptionResponse
-from pymodbus.server import ServerAsyncStop, StartSerialServer, base
+from pymodbus.server import ModbusSerialServer, ServerAsyncStop, StartSerialServer
+from pymodbus.server.requesthandler import ServerRequestHandler
 from pymodbus.simulator import DataType, SimData, SimDevice
 
+TICK = 0.2  # s between two looks at what is due
+REPORT_EVERY = 60  # s between two lines on how all is going
+STATUS_EVERY = 30  # s after which the same status is published again
 READ_TIMEOUT = 60  # s without a read after which the heat pump counts as not reading
-PATIENCE = 20  # s of bytes without a good frame until other settings are tried
-TICK = 0.2  # s between two calls of look_after()
-PAUSE = 0.2  # s without a byte, after which a new burst of bytes begins
-MIN_FRAME, MAX_FRAME, MAX_READ = 4, 256, 1024  # bytes, of a frame, of a serial read
-BAUDRATES = (19200, 9600, 38400, 115200, 57600, 4800, 2400, 1200)  # likely ones first
-SerialSettings = namedtuple("SerialSettings", "baudrate parity stopbits")
-ALL_SETTINGS = [SerialSettings(b, p, 1) for b in BAUDRATES for p in "ENO"]
-LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-# A plain number; float() alone would take nan, 1_000 and other alphabets' digits too.
-NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
-ADAPTER_FAULTS = {
-    errno.ENOENT: "is not there",
-    errno.ENODEV: "is not there",
-    errno.EACCES: "may not be opened, add your user to the group dialout",
-    errno.EAGAIN: "is in use by another program",
-}
+NO_MESSAGE = 30  # s without any message after which the topic counts as doubtful
+QUIET = 10  # s without a rest power after which the next one is logged at INFO
 now = partial(clock_gettime, CLOCK_BOOTTIME)  # s, goes on while a computer sleeps
 log = logging.getLogger("powermeter")
-last_said = {}  # subject (a text, or the Broker): the last text that say() wrote on it
-orders = []  # Ctrl-C and SIGTERM add "stop", on which the main thread ends the script
+stop = threading.Event()  # set by Ctrl-C and SIGTERM; then each thread ends
+last_said = {}  # subject: the last line that say() wrote on it
 
 
-def say(subject, write, text):
-    """Write a line by a method of log, unless it was the last on its subject."""
-    if last_said.get(subject) != text:
-        last_said[subject] = text
-        write(text)
+def say(subject, write, line):
+    """Write a line by a method of log, unless it was the last one on its subject."""
+    if last_said.get(subject) != line:
+        last_said[subject] = line
+        write(line)
 
 
-def is_host(name):
-    """Return whether name can be a host name or an IP address, without a port."""
-    name.encode("idna")  # raises a UnicodeError for a name that cannot be looked up
-    has_port = name.count(":") == 1  # an IPv6 address has more colons
-    return name != "" and not has_port and not set(name) & set("/[ \0")
+# ---------------------------- Settings that cannot work -------------------------------
+BAUDRATES = (19200, 9600, 38400, 115200, 57600, 4800, 2400, 1200)  # likely ones first
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+def is_text(value):
+    return type(value) is str and "\0" not in value
+
+
+def is_topic(value):
+    return is_text(value) and value == value.strip() != "" and not set(value) & {*"+#"}
+
+
+def is_status_topic(value):
+    return value == "" or (is_topic(value) and value != topic)
+
+
+def is_host(value):
+    if not is_text(value) or set(value) & {*" /@[]"}:
+        return False
+    if value.count(":") == 1:  # a name with a port; an IPv6 address has more colons
+        return False
+    labels = value.removesuffix(".").split(".")
+    return all(1 <= len(label) <= 63 for label in labels)  # else no look-up is possible
+
+
+def is_login(value):
+    return is_text(value) or type(value) is int
+
+
+def is_ca_file(value):
+    if value == "":
+        return True
+    try:  # only loading the file tells whether there is a CA in it
+        ssl.create_default_context(cafile=value if is_text(value) else os.devnull)
+    except OSError:
+        return False
+    return True
+
+
+def is_seconds(value):
+    return type(value) in (int, float) and value >= 0
+
+
+def is_path(value):
+    return is_text(value) and value.startswith("/")
+
+
+def is_between(lowest, highest):
+    return lambda value: type(value) is int and lowest <= value <= highest
+
+
+def is_one_of(*allowed):  # also by its type: True is not 1, and 19200.0 is not 19200
+    return lambda value: (type(value), value) in [(type(one), one) for one in allowed]
+
+
+SETTINGS = (  # name, whether it is written in quotes, test, what it may be
+    ("topic", True, is_topic, "a topic without + and #, with no blank at its ends"),
+    ("mqtt_server", True, is_host, "a host name or an IP address, without a port"),
+    ("mqtt_port", False, is_between(1, 65535), "1 to 65535"),
+    ("mqtt_username", True, is_login, "a text, or '' for none"),
+    ("mqtt_password", True, is_login, "a text, or '' for none"),
+    ("mqtt_tls", False, is_one_of(True, False), "True or False"),
+    ("mqtt_ca_file", True, is_ca_file, "'' or a CA file"),
+    ("max_age", False, is_seconds, "a number of seconds, or 0 for no limit"),
+    (
+        *("status_topic", True, is_status_topic),
+        'a topic in quotes, other than topic, or "" for none',
+    ),
+    ("serial_port", True, is_path, "the path of a device, such as /dev/ttyUSB0"),
+    ("baudrate", False, is_one_of(*BAUDRATES), sorted(BAUDRATES)),
+    ("parity", True, is_one_of("E", "O", "N"), "'E', 'O' or 'N'"),
+    ("stopbits", False, is_one_of(1, 2), "1 or 2"),
+    ("unit_id", False, is_between(1, 247), "1 to 247"),
+    ("surplus_sign", False, is_one_of(1, -1), "1 or -1"),
+    ("log_level", True, is_one_of(*LOG_LEVELS), LOG_LEVELS),
+)
 
 
 def check_settings():
     """End the script with status 2 and one line where a setting cannot work."""
-    text, whole, number, login = (str,), (int,), (int, float), (str, int)
-    plain = set("+#\0").isdisjoint  # plain(v): v has none of these three characters
-    load_ca = ssl.create_default_context  # raises OSError for a file without a CA
-    rows = (  # name, types, test (an error is a no as well), what it may be
-        ("topic", text, lambda v: v and plain(v), "a topic without + and #"),
-        ("mqtt_server", text, is_host, "a host name or an IP address, without a port"),
-        ("mqtt_port", whole, lambda v: 1 <= v <= 65535, "1 to 65535"),
-        ("mqtt_username", login, lambda v: True, "a text, or '' for none"),
-        ("mqtt_password", login, lambda v: True, "a text, or '' for none"),
-        ("mqtt_tls", (bool,), lambda v: True, "True or False"),
-        ("mqtt_ca_file", text, lambda v: not v or load_ca(cafile=v), "'' or a CA file"),
-        ("max_age", number, lambda v: v >= 0, "a number of seconds, or 0"),
-        ("status_topic", text, lambda v: v != topic and plain(v), "a different topic"),
-        ("serial_port", text, lambda v: v and "\0" not in v, "the path of a device"),
-        ("baudrate", whole, lambda v: v in BAUDRATES, sorted(BAUDRATES)),
-        ("parity", text, lambda v: v in ("E", "O", "N"), "'E', 'O' or 'N'"),
-        ("stopbits", whole, lambda v: v in (1, 2), "1 or 2"),
-        ("unit_id", whole, lambda v: 1 <= v <= 247, "1 to 247"),
-        ("surplus_sign", whole, lambda v: v in (1, -1), "1 or -1"),
-        ("log_level", text, lambda v: v in LOG_LEVELS, LOG_LEVELS),
-    )
-    for name, types, can_work, allowed in rows:
+    for name, in_quotes, can_work, allowed in SETTINGS:
         value = globals().get(name)
-        try:
-            is_fine = type(value) in types and can_work(value)  # True is no int here
-        except (OSError, ValueError):  # from load_ca() or is_host()
-            is_fine = False
-        if not is_fine:  # as in: unit_id = '60' cannot work in quotes, it may be: ...
-            fault = f"= {value!r} cannot work" if name in globals() else "is missing"
-            quotes = " in quotes" if type(value) is str and str not in types else ""
-            print(f"{name} {fault}{quotes}, it may be: {allowed}", file=sys.stderr)
-            sys.exit(2)
+        if name in globals() and can_work(value):
+            continue
+        fault = f"{name} = {value!r} cannot work"
+        if name not in globals():
+            fault = f"{name} is missing"
+        elif name == "mqtt_password":
+            fault = f"{name} cannot work"  # a password is in no line
+        elif type(value) is str and not in_quotes:
+            fault += " in quotes"
+        print(f"{fault}, it may be: {allowed}", file=sys.stderr)
+        sys.exit(2)
 
 
 # ------------------- The meter: Saia-Burgess ALE3, datasheet 26-527 -------------------
 VOLTAGE, MAX_WATTS = 230, 327670  # V, W; R51 holds at most 32767 times 10 W
 REGISTERS, MAX_COUNT = 52, 20  # R1 to R52, wire addresses 0 to 51; at most in a read
 READ, WRITE = 3, 16  # its function codes: Read Holding and Write Multiple Registers
+RESETTABLE = ((29, 2), (33, 2))  # wire address and count of the partial energies
 
 
 def meter_registers(watts, rate):
@@ -150,22 +200,26 @@ def meter_registers(watts, rate):
     ]
 
 
-def refusal(request):
+def refusal(pdu):
     """Return the exception code for a request (its function code first), or None."""
-    if request[0] not in (READ, WRITE):
-        return ExcCodes.ILLEGAL_FUNCTION
-    if request[0] == READ:
-        wire_address, count = struct.unpack(">HH", request[1:])  # a READ comes whole
+    function = pdu[0]
+    if function == READ:
+        wire_address, count = struct.unpack(">HH", pdu[1:])
         fits = 1 <= count <= MAX_COUNT and wire_address + count <= REGISTERS
         return None if fits else ExcCodes.ILLEGAL_ADDRESS  # the datasheet's code
-    if len(request) < 6:  # a WRITE may be cut short before its values
+    if function != WRITE:
+        return ExcCodes.ILLEGAL_FUNCTION
+    if len(pdu) < 6:  # it is cut short before its values
         return ExcCodes.ILLEGAL_VALUE
-    wire_address, count, byte_count = struct.unpack(">HHB", request[1:6])
-    if count == 0 or byte_count != 2 * count or byte_count != len(request) - 6:
+    wire_address, count, byte_count = struct.unpack(">HHB", pdu[1:6])
+    values = pdu[6:]
+    if count == 0 or byte_count != 2 * count or byte_count != len(values):
         return ExcCodes.ILLEGAL_VALUE
-    if (wire_address + 1, count) not in ((30, 2), (34, 2)):  # only these can be reset
+    if (wire_address, count) not in RESETTABLE:
         return ExcCodes.ILLEGAL_ADDRESS
-    return ExcCodes.ILLEGAL_VALUE if any(request[6:]) else None  # only zeros: a reset
+    if any(values):  # a reset writes only zeros
+        return ExcCodes.ILLEGAL_VALUE
+    return None
 
 
 class Meter(SimDevice):
@@ -174,31 +228,71 @@ class Meter(SimDevice):
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
         self.built = super().build_device()
-        _address, self.registers, _types = self.built
-        self.lock = threading.Lock()  # the main thread writes too: 0 W for an old value
-        self.baudrate = baudrate  # in use, bit/s; serve() sets it
-        self.too_old = False  # whether 0 W are served, as the rest power is too old
-        self.update(0.0)
+        self.registers = self.built[1]  # behind the first address, before the types
+        self.lock = threading.Lock()  # of all below: every thread may write
+        self.watts = None  # W, the last rest power; None = none that can be trusted
+        self.arrival = now()  # s, when that came
+        self.is_too_old = False  # whether 0 W is served instead
+        self.baudrate = baudrate  # bit/s, shown in R4-5
+        self.write_registers()
 
     def build_device(self):
         """Give every server the same registers: each calls this when it starts."""
         return self.built
 
-    def update(self, watts=None):
-        """Take watts, if given; write the registers, for 0 W if that is too old."""
+    def write_registers(self):
+        """Show the present rest power, or 0 W, in the registers."""
+        watts = 0.0 if self.watts is None or self.is_too_old else self.watts
+        # One assignment: a read sees all the old or all the new ones, no mixture.
+        self.registers[:REGISTERS] = meter_registers(watts, self.baudrate)
+
+    def take(self, watts):
+        """Take a new rest power in W; None = one that cannot be trusted, so 0 W."""
         with self.lock:
-            if watts is not None:
-                self.watts, self.arrival = watts, now()
-            was_too_old = self.too_old
-            self.too_old = max_age > 0 and now() - self.arrival > max_age
-            self.served = 0.0 if self.too_old else self.watts
-            # One assignment: a read sees all the old or all the new ones, no mixture.
-            self.registers[:REGISTERS] = meter_registers(self.served, self.baudrate)
-        if self.too_old and not was_too_old:
-            log.warning("no rest power for %g s: serving 0 W until one comes", max_age)
+            self.watts = watts
+            self.arrival = now()
+            self.is_too_old = False
+            self.write_registers()
+
+    def drop_old_value(self):
+        """Serve 0 W from now on if the rest power has become older than max_age."""
+        with self.lock:
+            if self.is_too_old or max_age == 0 or now() - self.arrival <= max_age:
+                return
+            self.is_too_old = True
+            self.write_registers()
+        log.warning("no rest power for %g s: serving 0 W until one comes", max_age)
+
+    def show_baudrate(self, rate):
+        """Show the speed of the line, in bit/s, as the meter's own."""
+        with self.lock:
+            self.baudrate = rate
+            self.write_registers()
+
+    def report(self):
+        """Return which power is served, and why."""
+        age = now() - self.arrival
+        if self.watts is None:
+            return "serving 0 W, as there is no rest power"
+        if self.is_too_old:
+            return f"serving 0 W, as {self.watts:g} W are {age:.0f} s old"
+        return f"serving {self.watts:g} W, {age:.0f} s old"
 
 
 # -------------------------- MQTT: where the value comes from --------------------------
+# A plain number; float() alone would take nan, 1_000 and other alphabets' digits too.
+NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
+
+
+def rest_power(text):
+    """Return (W, "") for a text with a rest power, else (None, what is wrong)."""
+    if not NUMBER.fullmatch(text):
+        return None, "is no plain number of W such as 3000"
+    if abs(float(text)) > MAX_WATTS:
+        return None, f"is beyond ±{MAX_WATTS} W"
+    return float(text), ""
+
+
 class Broker(Client):
     """The connection to the MQTT broker; paho's thread calls the methods on_..."""
 
@@ -207,298 +301,591 @@ class Broker(Client):
         super().__init__(CallbackAPIVersion.VERSION2, client_id)
         self.meter = meter
         self.name = f"the MQTT broker {mqtt_server}:{mqtt_port}"
-        self.if_closed = ""  # what on_disconnect() says, "" = nothing
-        self.heard = set()  # all rest powers so far, rounded to 10 W: 65,535 at most
+        self.is_accepted = False  # whether the broker accepted the present login
+        self.is_refused = False  # whether it refused it
+        self.subscribed = None  # s, since when; None = not yet
+        self.has_message = False  # whether any came since the start
+        self.is_first = True  # whether the next message is the first after a login
+        self.is_news = True  # whether the next rest power is logged at INFO
+        self.last_bad = None  # the last message, if it held no rest power
         self.last_status = ""  # the last that was published in this session
+        self.status_time = 0.0  # s, when that was
         self.reconnect_delay_set(1, 10)  # s between two tries
         self.username_pw_set(str(mqtt_username) or None, str(mqtt_password) or None)
         if mqtt_tls:
             self.tls_set(mqtt_ca_file or None)
         if status_topic:
             self.will_set(status_topic, "offline", retain=True)
+        # Messages of other topics, which some brokers send as well, go nowhere.
+        self.message_callback_add(topic, self.on_rest_power)
         self.connect_async(mqtt_server, mqtt_port, keepalive=10)  # s
 
-    def on_message(self, _client, _userdata, message):
-        """Write the rest power into the datastore; 0 W where it cannot be trusted."""
-        raw = message.payload.decode(errors="replace")
-        if not NUMBER.fullmatch(raw) or abs(float(raw)) > MAX_WATTS:
-            self.meter.update(0.0)
-            log.error("%a is no rest power in W: serving 0 W until one comes", raw[:80])
+    def on_rest_power(self, _client, _userdata, message):
+        """Take the rest power into the meter; 0 W where it cannot be trusted."""
+        text = message.payload.decode(errors="replace")
+        watts, fault = rest_power(text)
+        # What a broker has kept comes first after a login. It may be of any age, and
+        # not every broker flags it, nor does every broker flag nothing else.
+        is_old = self.is_first and (message.retain or watts == self.meter.watts)
+        self.is_first = False
+        self.has_message = True
+        if is_old and max_age > 0:
+            kept = "may be an old value that was kept: waiting for the next one"
+            log.info("%a %s", text[:80], kept)
             return
-        watts = float(raw)
-        # A retained value comes at each login: taken as new only if never heard before.
-        is_repeated = message.retain and round(watts / 10) in self.heard
-        self.heard.add(round(watts / 10))
-        if not is_repeated:
-            self.meter.update(watts)
-            log.info("rest power %g W: %d W per phase", watts, round(watts / 3))
-        elif watts == self.meter.watts:  # the last one: it stays, and its age goes on
-            log.info("rest power %g W again: serving %g W", watts, self.meter.served)
-        else:  # an earlier one, to 10 W: nobody knows its age
-            self.meter.update(0.0)
-            log.info("rest power %g W again: serving 0 W", watts)
+        seconds = now() - self.meter.arrival
+        if self.last_bad is not None or self.meter.is_too_old or seconds > QUIET:
+            self.is_news = True
+        self.meter.take(watts)
+        if fault:
+            if text != self.last_bad:
+                log.error("%a %s: serving 0 W until one comes", text[:80], fault)
+            self.last_bad = text
+            return
+        level = logging.INFO if self.is_news else logging.DEBUG
+        log.log(level, "rest power %g W: %d W per phase", watts, round(watts / 3))
+        self.is_news = False
+        self.last_bad = None
 
     def on_pre_connect(self, _client, _userdata):
-        """Set what on_disconnect() says of a broker that closes without an answer."""
-        self.if_closed = "closed the connection: check mqtt_port and mqtt_tls"
+        """Begin a login."""
+        self.is_accepted = False
+        self.is_refused = False
 
     def on_connect(self, _client, _userdata, _flags, reason, _properties):
         """Subscribe, anew at each login; or say that the broker refuses it."""
-        if reason.is_failure:
-            self.if_closed = ""  # the line below says why
-            what = f"the login, check mqtt_username and mqtt_password: {reason}"
-            say(self, log.error, f"{self.name} refuses {what}")
-        else:
-            self.if_closed = "closed the connection: connecting again"
-            self.subscribe(topic)
+        if not reason.is_failure:
+            self.is_accepted = True
+            self.is_first = True
+            self.is_news = True
             self.last_status = ""  # so that look_after() publishes it
+            self.subscribe(topic)
+            return
+        self.is_refused = True
+        if str(reason) in ("Bad user name or password", "Not authorized"):
+            what = "the login, check mqtt_username and mqtt_password"
+        else:
+            what = "the connection, trying again"
+        say("broker", log.error, f"{self.name} refuses {what}: {reason}")
 
     def on_subscribe(self, _client, _userdata, _mid, reasons, _properties):
         """Say that all is well; where the topic is refused, ask a second later."""
         if any(reason.is_failure for reason in reasons):
-            say(self, log.error, f"{self.name} refuses topic {topic} to mqtt_username")
+            what = f'topic "{topic}" to mqtt_username'
+            say("broker", log.error, f"{self.name} refuses {what}")
             sleep(1)  # holds up paho's thread, which has nothing to receive yet
             self.subscribe(topic)
         else:
-            say(self, log.info, f"connected to {self.name}, waiting for {topic}")
+            self.subscribed = now()
+            what = f'connected to {self.name}, waiting for "{topic}"'
+            say("broker", log.info, what)
 
     def on_connect_fail(self, _client, _userdata):
-        """Say why the broker cannot be reached."""
+        """Say why the broker cannot be reached, and what to check."""
         error = sys.exc_info()[1]  # paho calls this in its except block
-        write, hint = log.warning, "trying again"
+        write = log.warning
+        hint = "is it on, and in this network?"
         if mqtt_tls and isinstance(error, (ssl.SSLError, ConnectionResetError)):
             write = log.error
             hint = "check mqtt_tls, mqtt_port, mqtt_ca_file and mqtt_server"
-        say(self, write, f"cannot reach {self.name} ({error}): {hint}")
+        elif isinstance(error, ConnectionRefusedError):
+            hint = "is it started, does it let other computers in (README, The broker)?"
+        elif isinstance(error, socket.gaierror):
+            hint = "check mqtt_server"
+        say(
+            "broker", write, f"cannot reach {self.name} ({error}), trying again: {hint}"
+        )
 
     def on_disconnect(self, _client, _userdata, _flags, reason, _properties):
         """Say that the connection broke; nothing where it was ended here or refused."""
-        if reason.is_failure and self.if_closed:
-            say(self, log.warning, f"{self.name} {self.if_closed}")
+        if not reason.is_failure or self.is_refused:
+            return
+        what = "check mqtt_port and mqtt_tls"
+        if self.is_accepted:
+            what = "connecting again"
+        say("broker", log.warning, f"{self.name} closed the connection: {what}")
+
+    def doubt_topic(self):
+        """Say it if nothing has come at all since the start."""
+        if self.has_message or not self.subscribed or not self.is_connected():
+            return
+        if now() - self.subscribed >= NO_MESSAGE:
+            what = f'nothing came yet on "{topic}", is that the right topic? '
+            what += "This shows all that the broker gets: mosquitto_sub -v -t '#'"
+            say("topic", log.warning, what)
+
+    def publish_status(self, status):
+        """Publish the status if it is a new one, and again after STATUS_EVERY."""
+        if not status_topic or not status or not self.is_connected():
+            return
+        # Again, as the will of a session that was thought dead may have replaced it.
+        age = now() - self.status_time
+        if status != self.last_status or age >= STATUS_EVERY:
+            self.last_status = status
+            self.status_time = now()
+            self.publish(status_topic, status, retain=True)
+
+    def say_goodbye(self):
+        """Log off, and take back the status if there is one."""
+        if self.last_status:
+            self.publish(status_topic, "offline", retain=True)
+        self.disconnect()
 
 
 # --- Modbus: the line. Frames by the Modbus Application Protocol V1.1b3, chapter 6 ----
+MIN_FRAME, MAX_FRAME = 4, 256  # bytes
+PAUSE = 0.2  # s without a byte, which ends a burst of bytes
+
+
+class Frame(NamedTuple):
+    """A whole frame with a good CRC: unit id, function code, data and CRC."""
+
+    data: bytes
+    is_answer: bool
+
+    @property
+    def unit(self):
+        return self.data[0]
+
+    @property
+    def function(self):
+        return self.data[1]
+
+    @property
+    def pdu(self):
+        """The function code and its data: what is the same on any kind of Modbus."""
+        return self.data[1:-2]
+
+
+def has_good_crc(data):
+    """Return whether data end with their CRC."""
+    return FramerRTU.compute_CRC(data) == 0
+
+
 def first_frame(data):
-    """Return (frame, is an answer) of the good frame that data begins with, or None."""
+    """Return the Frame that data begin with, or None; data have MIN_FRAME or more."""
     function, third = data[1], data[2]
-    sizes = []  # (bytes, is an answer) of each frame that it could be
+    candidates = []  # (size in bytes, whether it is an answer), in order
     if function in (1, 2, 3, 4):
-        sizes = [(8, False), (5 + third, True)]  # third: number of data bytes
+        # An answer has the number of its data bytes here. With 3 of them it has the
+        # size of a request, and none has 0. It goes first, since its CRC stays good
+        # without a 0 at its end: our own, echoed by an adapter, would be a request.
+        if third not in (0, 3):
+            candidates.append((5 + third, True))
+        candidates.append((8, False))
     elif function in (5, 6):
-        sizes = [(8, False)]  # an answer is the very same bytes
+        candidates.append((8, False))  # an answer is the very same bytes
     elif function == WRITE and len(data) > 6:
-        sizes = [(8, True), (9 + data[6], False)]  # data[6]: number of bytes to write
-    elif function > 0x80 and third < 12:
-        sizes = [(5, True)]  # an exception; third is its code, below 12
-    # A frame with its CRC has CRC 0, also with zeros behind it: so the shorter first.
-    for size, is_answer in sorted(sizes):  # of two equal ones the request (False)
-        if size <= len(data) and FramerRTU.compute_CRC(data[:size]) == 0:
-            return data[:size], is_answer
+        byte_count = data[6]
+        candidates.append((8, True))
+        candidates.append((9 + byte_count, False))
+    elif function > 0x80 and third < 12:  # an exception, of which there are 11
+        candidates.append((5, True))
+    for size, is_answer in candidates:
+        if size <= len(data) and has_good_crc(data[:size]):
+            return Frame(data[:size], is_answer)
     return None
 
 
+def is_request_of_unknown_size(data):
+    """Return whether data as a whole are a request to us whose size nothing tells."""
+    if not MIN_FRAME <= len(data) <= MAX_FRAME or data[0] != unit_id:
+        return False
+    function = data[1]  # up to 6 the size is known; from 0x80 on it is an answer
+    return 6 < function < 0x80 and has_good_crc(data)
+
+
 def find_frames(data):
-    """Return all good frames in data as (frame, is an answer), and the bytes left."""
+    """Return a list of all Frames in data, and the bytes behind the last one."""
     frames = []
-    start = 0  # where the next frame is looked for
-    end = 0  # where the last good frame ended
-    while len(data) - start >= MIN_FRAME:
-        found = first_frame(data[start : start + MAX_FRAME])
-        if found:
-            frames.append(found)
-            start = end = start + len(found[0])
+    start = 0  # where a frame may begin
+    end = 0  # where the last one ended
+    while start + MIN_FRAME <= len(data):
+        frame = first_frame(data[start : start + MAX_FRAME])
+        if frame:
+            frames.append(frame)
+            start += len(frame.data)
+            end = start
         else:
             start += 1  # noise may come before a frame
     left = data[end:]
-    # All bytes left may be one request to us whose size is unknown: a WRITE cut short,
-    # or another function. Functions 1 to 6 have known sizes: first_frame() knows them.
-    is_intact = len(left) >= MIN_FRAME and FramerRTU.compute_CRC(left) == 0
-    if is_intact and left[0] == unit_id and 6 < left[1] < 0x80:
-        return [*frames, (left, False)], b""
+    if is_request_of_unknown_size(left):
+        return [*frames, Frame(left, is_answer=False)], b""
     return frames, left[-MAX_FRAME:]
 
 
+class SerialSettings(NamedTuple):
+    """How bytes are sent: bit/s, "E", "O" or "N" for the parity, 1 or 2 stop bits."""
+
+    baudrate: int
+    parity: str
+    stopbits: int
+
+    def __str__(self):
+        return f"{self.baudrate} bit/s 8{self.parity}{self.stopbits}"
+
+
+ALL_SETTINGS = [
+    SerialSettings(rate, letter, 1) for rate in BAUDRATES for letter in "ENO"
+]
+
+
 class Line:
-    """What is known of the line and of the heat pump; it outlives the servers."""
+    """All that is known of the line and of the heat pump; the main thread's."""
 
     def __init__(self):
         self.own = SerialSettings(baudrate, parity, stopbits)  # of the settings block
         self.settings = self.own  # in use
         others = [one for one in ALL_SETTINGS if one != self.own]
         self.to_try = cycle([*others, self.own])  # the next, if those in use are wrong
+        self.good_frames = 0  # with those in use; exceptions do not count
         self.proven = False  # whether those in use are right; then they stay for good
-        self.is_lost = False  # whether the adapter got lost while the last server ran
-        self.alive = False  # whether any byte came
-        self.last_read = -READ_TIMEOUT  # s; below 0 = never
-        self.quiet_since = now()  # s; "has not read for 60 s" is counted from here
-        self.refused = b""  # the first request to us that was refused
-        self.asked, self.answering = set(), set()  # unit ids of others
+        self.left = b""  # bytes that belong to no frame yet
+        self.last_byte = None  # s, when it came; None = never
+        self.request = None  # the last Frame that came, if it asks us
+        self.refused = None  # the first request to us that was refused, as bytes
+        self.last_read = None  # s, when the heat pump read the meter; None = never
+        self.quiet_since = None  # s, the last read, or the opening; None = not open
+        self.asked = set()  # unit ids of others that are asked as a meter would be
+        self.answering = set()  # unit ids of those that answer
+        self.is_taken = False  # whether another program has the adapter
 
-    def note(self, frame, is_answer):
-        """Note which other units are asked as a meter would be, and which answer."""
-        unit, function = frame[0], frame[1]
-        if is_answer:
-            self.answering.add(unit)
-        elif function in (3, 4) and 0 < unit < 248 and unit != unit_id:
-            self.asked.add(unit)
+    def hear(self, data):
+        """Take bytes that came, and note what the frames in them say."""
+        if self.last_byte and now() - self.last_byte > PAUSE:
+            self.left = b""  # the rest of a frame comes without a pause
+        self.last_byte = now()
+        frames, self.left = find_frames(self.left + data)
+        self.request = None
+        for frame in frames:
+            self.note(frame)
+
+    def note(self, frame):
+        """Note what one frame says."""
+        self.request = None
+        if frame.function < 0x80:  # chance makes an exception's five bytes too easily
+            self.good_frames += 1
+        if frame.is_answer:
+            self.answering.add(frame.unit)
+        elif frame.unit == unit_id:
+            self.request = frame
+            self.proven = True
+        elif frame.function in (3, 4) and 1 <= frame.unit <= 247:
+            self.asked.add(frame.unit)
+        if self.good_frames > 1:
+            self.proven = True
+
+    def try_next_settings(self):
+        """Go on to the next serial settings; after all of them comes another round."""
+        self.settings = next(self.to_try)
+        self.good_frames = 0
+        self.left = b""
+        if self.settings == self.own:
+            say("round", log.warning, "no serial settings fit: swap A and B")
+
+    def note_open(self):
+        """Note that the adapter is open, and say so."""
+        say("adapter", log.info, f"the meter is on the line: {serial_port}")
+        self.is_taken = False
+        if self.quiet_since is None:
+            self.quiet_since = now()
+
+    def note_fault(self, is_taken):
+        """Note that the adapter cannot be opened, or got lost."""
+        self.is_taken = is_taken
+        self.quiet_since = None  # the heat pump cannot read: its 60 s begin anew
+        self.request = None  # too late to be answered
+
+    def note_read(self):
+        """Note that the heat pump reads the meter."""
+        self.last_read = now()
+        self.quiet_since = now()
+
+    def is_quiet(self):
+        """Return whether the heat pump could read for READ_TIMEOUT, and did not."""
+        since = self.quiet_since
+        return since is not None and now() - since >= READ_TIMEOUT
+
+    def is_read(self):
+        """Return whether the heat pump reads the meter."""
+        return self.last_read is not None and now() - self.last_read < READ_TIMEOUT
 
     def diagnosis(self):
         """Return a sentence on why the heat pump does not read."""
-        units = " or ".join(map(str, sorted(self.asked - self.answering)))
-        reasons = (  # the first that is true
-            (self.last_read > 0, "it stopped asking: is it on, are all wires in?"),
-            (self.refused, f"the meter refuses what it asks: {self.refused.hex(' ')}"),
-            (units, f"other units are asked in vain: set unit_id = {units}"),
-            (self.proven, "it does not ask for a meter: switch it on in its settings"),
-            (self.alive, "no frame fits: trying other serial settings; swap A and B?"),
-            (True, "nothing came: check wires A and B, adapter, the pump's settings"),
-        )
-        reason = next(text for is_true, text in reasons if is_true)
-        return f"the heat pump has not read for {READ_TIMEOUT} s: {reason}"
+        if self.last_read is not None:
+            return "it stopped asking: is it on, are all wires in?"
+        if self.refused:
+            return f"the meter refuses what it asks: {self.refused.hex(' ')}"
+        if units := sorted(self.asked - self.answering):
+            units = " or ".join(map(str, units))
+            return f"other units are asked in vain: set unit_id = {units}"
+        if self.proven:
+            return "it does not ask for a meter: switch it on in its settings"
+        if self.last_byte:
+            return "no frame fits: trying other serial settings; swap A and B?"
+        return "nothing came: check wires A and B, adapter, the pump's settings"
+
+    def report(self):
+        """Return when the heat pump read last."""
+        if self.last_read is None:
+            return "the heat pump has not read yet"
+        return f"the heat pump read {now() - self.last_read:.0f} s ago"
 
 
-def look_after(broker, line):
-    """Do all that is due by time; the main thread calls it each TICK."""
+# ------------------- Listen first: the heat pump's serial settings --------------------
+PATIENCE = 20  # s of bursts that do not fit until the settings of the block are left
+STRAY = 60  # s after which another burst that does not fit is no continuation
+SILENCE = 60  # s without a byte after which slow settings are left
+ALL_HEARING = 19200  # bit/s; an adapter hears nothing of what is sent much faster
+
+
+class NoParityError(OSError):
+    """The adapter cannot do the parity that it was opened with."""
+
+
+def check_parity(port):
+    """Let the kernel check each byte's parity, which pyserial's open turns off.
+
+    Raises NoParityError where the port has none: it may take the setting silently.
+    """
+    iflag, oflag, cflag, *more = termios.tcgetattr(port.fd)
+    if port.parity != "N" and not cflag & termios.PARENB:
+        raise NoParityError
+    attributes = [iflag | termios.INPCK, oflag, cflag, *more]
+    termios.tcsetattr(port.fd, termios.TCSANOW, attributes)
+
+
+def open_port(settings):
+    """Return the adapter, opened with some serial settings and no other program's.
+
+    Raises NoParityError where it has no parity; else OSError or termios.error.
+    """
+    arguments = settings._asdict()
     try:
-        broker.loop_start()  # starts paho's thread, also where an error has ended it
-        broker.meter.update()
-        if line.proven and line.settings != line.own:
-            form = "the heat pump speaks {baudrate} bit/s 8{parity}{stopbits}: set "
-            form += 'baudrate = {baudrate}, parity = "{parity}", stopbits = {stopbits}'
-            say("found", log.info, form.format(**line.settings._asdict()))
-        reads = now() - line.last_read < READ_TIMEOUT
-        status = "online" if reads else "no heat pump"
-        if status_topic and broker.is_connected() and broker.last_status != status:
-            broker.last_status = status
-            broker.publish(status_topic, status, retain=True)
-        if reads:
-            say("heat pump", log.info, f"the heat pump reads the meter, unit {unit_id}")
-        elif now() - line.quiet_since >= READ_TIMEOUT:
-            say("heat pump", log.warning, line.diagnosis())
-    except Exception as error:  # noqa: BLE001, the line has to be answered all the same
-        say("error", log.exception, f"going on after an error: {error!r}")
+        port = serial.Serial(serial_port, exclusive=True, timeout=PAUSE, **arguments)
+    except termios.error as error:  # (number, text)
+        if settings.parity != "N" and error.args[0] == errno.EINVAL:
+            raise NoParityError from error
+        raise
+    try:
+        check_parity(port)
+        port.reset_input_buffer()  # what came before that may have another parity
+    except Exception:
+        port.close()
+        raise
+    return port
 
 
-class Handler(base.ServerRequestHandler):
-    """A server's handler. pymodbus's own loses requests to us and answers others'."""
+def hear_burst(port, line):
+    """Return whether bytes came, until a PAUSE; it ends early if they prove all."""
+    any_came = False
+    while first_byte := port.read():  # b"" after a PAUSE
+        data = first_byte + port.read(port.in_waiting)
+        any_came = True
+        log.debug("recv: %s at %s", " ".join(map(hex, data)), line.settings)
+        line.hear(data)
+        if line.proven or len(line.left) == MAX_FRAME:  # noise may have no pause
+            break
+    return any_came
 
-    def __init__(self, broker, line, *of_pymodbus):
-        super().__init__(*of_pymodbus)
-        self.max_buffer_size = MAX_READ  # else pymodbus drops reads of over 264 bytes
-        self.broker, self.line = broker, line
-        self.left = b""  # bytes that belong to no frame yet; each burst() empties it
-        self.byte_came = False  # since burst() looked last
-        self.good_frames = 0  # exception frames not counted; two prove the settings
 
-    def callback_connected(self):
-        """Begin to look after all; pymodbus calls this when the adapter is open."""
-        asyncio.create_task(self.attend())  # first, so it runs even if the rest fails
-        # pyserial turns the check of parity off: bytes with a wrong one would pass
-        run(["stty", "-F", serial_port, "inpck"], stderr=DEVNULL, check=False)
-        self.transport.sync_serial.reset_input_buffer()  # drops what came before stty
-
-    async def attend(self):
-        """Look after all each TICK; end the server when it has to end."""
-        say("adapter", log.info, f"the meter is on the line: {serial_port}")
-        search = asyncio.create_task(self.search())
-        while self.is_active() and not search.done() and not orders:
-            look_after(self.broker, self.line)
-            await asyncio.sleep(TICK)
-        self.line.is_lost = not self.is_active()
-        if search.done() and not self.line.proven:
-            self.line.settings = next(self.line.to_try)  # for the next server
-            if self.line.settings == self.line.own:  # all the others have been tried
-                say("round", log.warning, "no serial settings fit: swap A and B")
-        await ServerAsyncStop()
-
-    async def search(self):
-        """Return when misfits (bursts without a good frame) show the settings wrong."""
-        on_trial = self.line.settings != self.line.own  # then one misfit is enough
-        misfits = []  # the times of those since the last good burst, s
-        # The first burst may have begun before the server, amid a frame: no misfit.
-        await self.burst(has_begun=True)
-        while True:
-            if await self.burst() or self.line.proven:
+def listen(port, line):
+    """Return when what comes proves the serial settings, or shows them wrong."""
+    on_trial = line.settings != line.own
+    misfits = []  # s, when the bursts without a good frame came, since the last with one
+    opened = now()
+    hear_burst(port, line)  # one that began before the port was opened tells nothing
+    while not line.proven and not stop.is_set():
+        good_before = line.good_frames
+        if not hear_burst(port, line):
+            silent = now() - max(opened, line.last_byte or opened)
+            if line.settings.baudrate < ALL_HEARING and silent >= SILENCE:
+                return
+        elif line.good_frames > good_before:
+            misfits = []
+        else:
+            if misfits and now() - misfits[-1] > STRAY:
                 misfits = []
-                continue
-            if misfits and now() - misfits[-1] > 3 * PATIENCE:
-                misfits = []  # the last came long ago: they were stray noise
             misfits.append(now())
             if on_trial or misfits[-1] - misfits[0] >= PATIENCE:
                 return
 
-    async def burst(self, has_begun=False):
-        """Wait for a burst (or the rest of one); return whether it had a good frame."""
-        self.left, self.byte_came, before = b"", has_begun, self.good_frames
-        while not self.byte_came:  # until its first byte, unless it has begun
-            await asyncio.sleep(PAUSE)
-        while self.byte_came:  # until a PAUSE without a byte
-            self.byte_came = False
-            await asyncio.sleep(PAUSE)
-            if len(self.left) >= MAX_FRAME and not self.line.proven:
-                break  # so much that fits no frame is noise, which may never pause
-        return self.good_frames > before
+
+def search(line):
+    """Listen with one serial setting after another, until some are proven or a stop.
+
+    Raises OSError or termios.error when the adapter cannot be opened or gets lost.
+    """
+    while not stop.is_set():
+        try:
+            port = open_port(line.settings)
+        except NoParityError:
+            what = f"the adapter {serial_port} has no parity: a heat pump with even or "
+            what += "odd parity needs another one (on a Raspberry Pi the full UART: "
+            what += "dtoverlay=disable-bt)"
+            say("parity", log.warning, what)
+            line.try_next_settings()
+            continue
+        line.note_open()
+        try:
+            listen(port, line)
+        except OSError as error:
+            raise OSError(errno.ENODEV, "the adapter got lost") from error
+        finally:
+            port.close()
+        if line.proven:
+            if line.settings != line.own:
+                what = 'set baudrate = {}, parity = "{}", stopbits = {}'
+                what = what.format(*line.settings)
+                log.info("the heat pump speaks %s: %s", line.settings, what)
+            return
+        line.try_next_settings()
+
+
+# ----------------------------- Then serve: bytes to answers ---------------------------
+class Handler(ServerRequestHandler):
+    """What a server does with the bytes of its line.
+
+    pymodbus's own handler forgets a request when one more byte follows it, loses
+    those behind the frames of others, and answers what others are asked.
+    """
+
+    def __init__(self, server, meter, line):
+        traces = (server.trace_packet, server.trace_pdu, server.trace_connect)
+        super().__init__(server, *traces)
+        self.max_buffer_size = 1024  # bytes, a read's; pymodbus drops one of over 264
+        self.meter = meter
+        self.line = line
+        self.sent = b""  # our last frame
+
+    def callback_connected(self):
+        """Begin to serve; pymodbus calls this when the adapter is open."""
+        asyncio.create_task(self.end_server())
+        check_parity(self.transport.sync_serial)
+        self.line.note_open()
+        self.answer()  # the request that proved the settings
+
+    async def end_server(self):
+        """End the server at a stop, or when the adapter is lost."""
+        while self.is_active() and not stop.is_set():
+            await asyncio.sleep(TICK)
+        await ServerAsyncStop()
 
     def callback_data(self, data, addr=None):
-        """Take all bytes that came; answer if the last frame in them is for us."""
-        self.byte_came = self.line.alive = True
-        self.left += data
-        if len(data) == MAX_READ and self.transport.sync_serial.in_waiting:
-            return len(data)  # more waits: take all of it first
-        frames, self.left = find_frames(self.left)
-        for frame, is_answer in frames:
-            self.line.note(frame, is_answer)
-            self.good_frames += frame[1] < 0x80  # no exceptions: 5 bytes may be chance
-        self.line.proven |= self.good_frames > 1
-        if frames:
-            frame, is_answer = frames[-1]  # it is too late to answer those before
-            if frame[0] == unit_id and not is_answer:
-                self.answer(frame[1:-2])
+        """Take all bytes that came; answer if the last frame in them asks us."""
+        self.line.hear(data)
+        self.answer()
         return len(data)
 
-    def answer(self, request):
-        """Answer a request to us (from its function code on, without the CRC)."""
-        self.line.proven = True  # a request to us proves the serial settings
-        self.broker.meter.update()  # before each answer, so no value too old goes out
-        if code := refusal(request):
-            self.line.refused = self.line.refused or request
-            self.pdu_send(ExceptionResponse(request[0], code, unit_id))
+    def send(self, data, addr=None):
+        """Send a frame of ours, and keep it to know its echo."""
+        self.sent = data
+        super().send(data, addr)
+
+    def answer(self):
+        """Answer the line's request, if there is one."""
+        request, self.line.request = self.line.request, None
+        # Our own answer, echoed by an adapter, may begin like a request (first_frame()).
+        if request is None or self.sent.startswith(request.data):
             return
-        if request[0] == READ:
-            self.line.last_read = self.line.quiet_since = now()
-        self.last_pdu = self.framer.decoder.decode(request)
+        self.meter.drop_old_value()  # so that not even one answer shows it
+        code = refusal(request.pdu)
+        if code:
+            self.line.refused = self.line.refused or request.pdu
+            self.pdu_send(ExceptionResponse(request.function, code, unit_id))
+            return
+        if request.function == READ:
+            self.line.note_read()
+        self.last_pdu = self.framer.decoder.decode(request.pdu)
         self.last_pdu.dev_id = unit_id
         asyncio.create_task(self.handle_request())  # pymodbus's: it answers last_pdu
 
 
-def serve(broker, line):
-    """Run server after server until the stop, each with the line's present settings."""
-    # pymodbus looks its handler's class up by this name for each server: now ours.
-    base.ServerRequestHandler = partial(Handler, broker, line)
-    while not orders:
-        broker.meter.baudrate = line.settings.baudrate
-        port = {"port": serial_port, **line.settings._asdict()}
+def run_server(meter, line):
+    """Serve the meter until a stop.
+
+    Raises OSError or termios.error when the adapter cannot be opened or gets lost.
+    """
+    open_port(line.settings).close()  # pymodbus would not tell what is wrong with it
+    meter.show_baudrate(line.settings.baudrate)
+    StartSerialServer(meter, port=serial_port, **line.settings._asdict())
+    if not stop.is_set():
+        raise OSError(errno.ENODEV, "the adapter got lost")
+
+
+def adapter_fault(error):
+    """Return what is wrong with the adapter and what to do, for an error of an open."""
+    code = error.args[0] if error.args else None
+    if code in (errno.ENOENT, errno.ENODEV):
+        plugged_in = ", ".join(sorted(glob.glob("/dev/serial/by-id/*")))
+        return "is not there", f"plugged in: {plugged_in or 'none with USB'}"
+    if code == errno.EAGAIN:
+        hint = "a second powermeter.py? See: screen -ls, systemctl status powermeter"
+        return "is in use by another program", hint
+    if code == errno.EACCES:
         try:
-            serial.Serial(exclusive=True, **port).close()  # its OSError tells the cause
-            StartSerialServer(broker.meter, **port)  # until attend() ends it
-            fault = "is not there" if line.is_lost else ""
-        except (OSError, RuntimeError, termios.error) as error:  # args: [errno,] text
-            fault = ADAPTER_FAULTS.get(error.args[0], f"fails: {error.args[-1]}")
-        if fault:
-            what = f"the adapter {serial_port} {fault}: trying every second"
+            group = grp.getgrgid(os.stat(serial_port).st_gid).gr_name
+        except (KeyError, OSError):
+            group = "of the device"
+        if group == "tty":
+            return "may not be opened", "a serial console has it: switch that off"
+        return "may not be opened", f"add your user to the group {group}"
+    if isinstance(error, NoParityError):
+        return "has no parity", "the heat pump's serial settings need one"
+    return f"fails: {error.args[-1]}", "is it a serial adapter?"
+
+
+def serve(meter, line):
+    """Search the serial settings and then serve with them, until a stop."""
+    # pymodbus's server makes its handlers by this method: now it makes ours.
+    ModbusSerialServer.callback_new_connection = lambda server: Handler(
+        server, meter, line
+    )
+    while not stop.is_set():
+        try:
+            if not line.proven:
+                search(line)
+            if line.proven:
+                run_server(meter, line)
+        except (OSError, RuntimeError, termios.error) as error:
+            fault, hint = adapter_fault(error)
+            line.note_fault(is_taken=fault == "is in use by another program")
+            what = f"the adapter {serial_port} {fault}: trying every second ({hint})"
             say("adapter", log.warning, what)
-            if fault.startswith("fails") and not line.proven:
-                line.settings = line.own  # the adapter may not support those on trial
-            look_after(broker, line)
             sleep(1)
-            line.quiet_since = now()  # the heat pump could not read: 60 s begin anew
+
+
+# ------------------------------- What is due by time ----------------------------------
+def look_after(broker, line):
+    """Do what is due by time, each TICK until a stop: a thread of its own."""
+    reported = now()
+    while not stop.is_set():
+        try:
+            broker.loop_start()  # starts paho's thread, also where an error has ended it
+            broker.meter.drop_old_value()
+            broker.doubt_topic()
+            is_read = line.is_read()
+            if not line.is_taken:  # who has the adapter, has the status
+                broker.publish_status("online" if is_read else "no heat pump")
+            if is_read:
+                what = f"the heat pump reads the meter, unit {unit_id}"
+                say("heat pump", log.info, what)
+            elif line.is_quiet():
+                what = f"the heat pump has not read for {READ_TIMEOUT} s: "
+                say("heat pump", log.warning, what + line.diagnosis())
+            if now() - reported >= REPORT_EVERY:
+                reported = now()
+                log.info("%s; %s", broker.meter.report(), line.report())
+        except Exception as error:  # noqa: BLE001, all else has to go on
+            say("error", log.exception, f"going on after an error: {error!r}")
+        sleep(TICK)
 
 
 def main():
     """Carry the value from the broker to the line, until Ctrl-C or SIGTERM."""
     check_settings()
     for number in (signal.SIGINT, signal.SIGTERM):  # KeyboardInterrupt could get lost
-        signal.signal(number, lambda *_: orders.append("stop"))
+        signal.signal(number, lambda *_: stop.set())
     # Thanks to a queue, Ctrl-S stops only the listener; a full queue drops lines.
     lines, layout = queue.Queue(1000), "%(asctime)s %(levelname)s %(message)s"
     QueueListener(lines, logging.StreamHandler(sys.stdout)).start()
@@ -506,11 +893,14 @@ def main():
     logging.raiseExceptions = False  # else each dropped line prints a traceback
     logging.getLogger("pymodbus.logging").disabled = log_level != "DEBUG"
     log.info("powermeter.py starts")
-    broker = Broker(Meter())
-    serve(broker, Line())
-    if status_topic:
-        broker.publish(status_topic, "offline", retain=True)
-    broker.disconnect()
+    meter = Meter()
+    broker = Broker(meter)
+    line = Line()
+    watch = threading.Thread(target=look_after, args=(broker, line), daemon=True)
+    watch.start()
+    serve(meter, line)
+    watch.join()
+    broker.say_goodbye()
     sleep(0.5)  # for the threads to send and write what is left
     os._exit(0)  # a stopped terminal would hold up a normal end for ever
 

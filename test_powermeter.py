@@ -436,8 +436,9 @@ def test_no_surplus_before_a_message_and_a_negative_one_where_it_is_wanted(rig):
     rig.line.shows(17, 17, 17, 50)
 
 
-# the task that looks after all sleeps for ever, so that only paho's thread runs on
-FREEZE = "import asyncio\nasyncio.sleep = lambda _: asyncio.Event().wait()\n"
+# the thread that looks after all sleeps for ever, so that only paho's thread runs on
+FREEZE = "from paho.mqtt.client import Client\nstart = Client.loop_start\n"
+FREEZE += "Client.loop_start = lambda it: (start(it), time.sleep(999))\n"
 # prints what the datastore holds, since asking for it would be a poll
 SPY = """
 import threading
@@ -458,9 +459,11 @@ threading.Thread(target=spy, daemon=True).start()
 
 def test_registers_change_while_nobody_polls_and_outlive_the_adapter(rig):
     frozen = rig(sabotage=SPY + FREEZE).start()
+    frozen.line.power()  # on which the server begins
     frozen.broker.publish("3000")
     frozen.script.says("datastore [300]")
     rig = rig(sabotage=SPY).start()
+    rig.line.power()
     for turn, watts in enumerate((3000, 600), start=1):
         rig.broker.publish(str(watts))
         rig.script.says(f"datastore [{watts // 10}]")
@@ -476,15 +479,22 @@ def test_registers_change_while_nobody_polls_and_outlive_the_adapter(rig):
 @pytest.mark.parametrize("payload", BAD_PAYLOADS)
 def test_bad_value_means_no_surplus_until_a_good_one(meter, payload):
     meter.serve()
-    errors = meter.script.log().count("is no rest power in W")
+    errors = meter.script.log().count(": serving 0 W until one comes")
     meter.broker.publish(payload)
     meter.line.shows(0, 0, 0, 0)
-    meter.script.says("is no rest power in W", times=errors + 1)
+    meter.script.says(": serving 0 W until one comes", times=errors + 1)
     meter.serve()
 
 
 def test_value_is_logged_as_a_sentence_and_a_bad_one_in_a_line_of_80_characters(meter):
-    for it in ("3000", "-1234.5", "x" * 100_000 + "\n", "first\nsecond \x1b[31m red"):
+    for it in (
+        "0x",
+        "3000",
+        "0x",
+        "-1234.5",
+        "x" * 100_000 + "\n",
+        "first\nsecond \x1b[31m red",
+    ):
         meter.broker.publish(it)
     meter.script.says("INFO rest power 3000 W: 1000 W per phase")
     meter.script.says("INFO rest power -1234.5 W: -412 W per phase")
@@ -510,46 +520,39 @@ def test_value_older_than_max_age_is_no_surplus_with_or_without_the_broker(rig):
 @pytest.mark.parametrize(("max_age", "repeats"), [(300, 1), (0, 0)])
 def test_value_stays_fresh_if_repeated_or_without_a_limit(rig, max_age, repeats):
     rig = rig(max_age=max_age, sabotage=LOOKS).start().serve()
-    for turn in (2, 3, 4):
+    for turn in (3, 4, 5):
         rig.script.sleeps(200)
         for _ in range(repeats):
             rig.broker.publish("3000")
-            rig.script.says("rest power 3000 W: 1000 W per phase", times=turn)
+            rig.script.says("rest power 3000 W: 1000 W per phase", times=turn - 1)
         rig.script.looks(2)
         assert rig.line.power() == (100, 100, 100, 300)
     assert "no rest power" not in rig.script.log()
 
 
-def test_retained_value_is_taken_at_the_start_but_no_reconnect_makes_it_fresh(rig):
+def test_kept_value_is_not_taken_at_a_login_and_leaves_the_one_that_is_served(rig):
     rig = rig()
     with rig.broker.config.open("a") as config:
         config.write(f"persistence true\npersistence_location {rig.folder}/\n")
 
-    def reconnect(served, times=1):
+    def reconnect(times):
         rig.broker.kill(signal.SIGTERM)  # on which it saves what it retains
         rig.broker.start()
-        rig.script.says(f"rest power 3000 W again: serving {served} W", times=times)
-        assert rig.line.power()[3] == served // 10
+        rig.script.says("'2500' may be an old value that was kept", times=times)
 
-    rig.broker.start().publish("3000", retain=True)
-    rig.start().line.shows(100, 100, 100, 300)
+    rig.broker.start().publish("2500", retain=True)
+    rig.start().script.says("'2500' may be an old value that was kept")
+    assert rig.line.power() == (0, 0, 0, 0)
+    rig.serve()
     rig.script.sleeps(200)
-    reconnect(3000)
+    reconnect(times=2)
+    assert rig.line.power() == (100, 100, 100, 300)
     rig.script.sleeps(100)
     rig.line.shows(0, 0, 0, 0)
-    reconnect(0)
-    rig.broker.publish("3000", retain=True)  # retained, but as it comes it is news
-    rig.line.shows(100, 100, 100, 300)
-    rig.serve(600)
-    reconnect(0, times=2)  # its 3000 W are older than 600 W, or newer: nobody knows
-    rig.serve()
-    rig.broker.publish("unavailable")
-    rig.line.shows(0, 0, 0, 0)
-    reconnect(0, times=3)
-    for watts in range(1, 1202):  # however many others came since
-        rig.broker.publish(str(watts))
-    rig.line.shows(40, 40, 40, 120)
-    reconnect(0, times=4)
+    reconnect(times=3)
+    assert rig.line.power() == (0, 0, 0, 0)
+    rig.broker.publish("2500", retain=True)
+    rig.line.shows(83, 83, 83, 250)
 
 
 def test_value_that_got_old_in_the_computers_sleep_is_not_answered_even_once(rig):
@@ -595,8 +598,8 @@ def test_setting_that_cannot_work_ends_it_in_one_line(tmp_path, name, value, all
     script = Script(tmp_path, **{name: value}).start()
     assert script.process.wait(10) == 2
     (line,) = script.log().splitlines()
-    assert line.startswith(f"{name} = {value!r} ")
-    assert allowed in line.removeprefix(f"{name} = {value!r}")
+    begin = f"{name} = {value!r} " if name != "mqtt_password" else f"{name} cannot"
+    assert line.startswith(begin) and allowed in line.removeprefix(begin)
 
 
 @pytest.mark.parametrize("name", ["topic", "baudrate", "log_level"])
@@ -700,7 +703,7 @@ def test_refused_topic_is_said_once_and_asked_for_again(rig, tmp_path):
     rig = rig(broker={"config": config, **admin}).begin()
     rig.script.says("ERROR the MQTT broker")
     rig.broker.says("Received SUBSCRIBE from powermeter", times=3)
-    refused = "refuses topic electricity/hp/restpower to mqtt_username"
+    refused = 'refuses topic "electricity/hp/restpower" to mqtt_username'
     assert rig.script.log().count(refused) == 1
     rights = ("subscribe", "publishClientSend")
     acls = [{"acltype": right, "allow": True} for right in rights]
@@ -792,7 +795,6 @@ def test_stopped_terminal_stops_nothing_but_the_log(rig):
 def test_error_beside_the_server_is_logged_once_and_all_goes_on(rig):
     sabotage = """
 from paho.mqtt.client import Client
-os.environ["PATH"] = "/nowhere"  # where there is no stty
 start = Client.loop_start
 Client.loop_start = lambda self: (start(self), 1 / 0)
 """
@@ -801,7 +803,7 @@ Client.loop_start = lambda self: (start(self), 1 / 0)
     rig.broker.kill()
     rig.script.sleeps(301)
     rig.line.shows(0, 0, 0, 0)
-    rig.script.ends(tracebacks=2)
+    rig.script.ends(tracebacks=1)
 
 
 def test_debug_shows_every_frame_and_default_settings_none_nor_a_status(rig):
@@ -946,7 +948,7 @@ def test_part_of_a_frame_is_never_taken_for_a_request(rig, unit, begin, end):
 def test_of_requests_that_piled_up_only_the_newest_is_answered(meter):
     meter.serve()
     with meter.script.stopped():
-        meter.line.send(frame("3C 03 00 23 00 01") * 150 + frame("3C 03 00 32 00 01"))
+        meter.line.send(frame("3C 03 00 23 00 01") * 100 + frame("3C 03 00 32 00 01"))
     assert meter.line.answer() == frame("3C 03 02 01 2C")
     with meter.script.stopped():  # the master gives us up and asks another
         meter.line.send(POLL + frame("05 03 00 00 00 01"))
@@ -989,12 +991,11 @@ def test_adapter_pulled_and_plugged_in_again_serves_the_newest_value(rig, busy):
         rig.line.pull()
         rig.script.says("is not there", times=turn)
         rig.broker.publish(str(watts))
-        rig.script.says(f"rest power {watts} W")
         rig.line.plug()
         back = time.monotonic()
         rig.script.says("the meter is on the line", times=turn + 1)
-        assert rig.line.power() == (*3 * (watts // 30,), watts // 10)
         assert time.monotonic() - back < 3
+        rig.line.shows(*3 * (watts // 30,), watts // 10)
     assert rig.script.log().count("the meter is on the line") == 3  # a pull is one line
     assert re.findall("adapter|ERROR", rig.script.log()) == ["adapter"] * 2
 
@@ -1011,7 +1012,9 @@ def test_broker_and_adapter_away_leave_the_last_value_then_the_newest(rig, first
         rig.line.plug()
         rig.script.says("the meter is on the line", times=2)
         assert rig.line.power() == (100, 100, 100, 300)
-    rig.broker.start().publish("1000", retain=True)
+    rig.broker.start()
+    rig.script.says("connected to the MQTT broker", times=2)
+    rig.broker.publish("1000")
     rig.script.says("rest power 1000 W")
     if first == "broker":
         rig.line.plug()
@@ -1025,7 +1028,6 @@ def test_no_serial_adapter_is_said_in_words_and_a_busy_one_taken_when_it_is_free
     file = rig()
     file.line.port.write_text("")
     file.begin(adapter=False).script.says("fails: ")
-    rig(sabotage=NO_PARITY).begin().script.says("fails: Invalid argument: trying every")
     rig = rig()
     rig.line.plug()
     with serial.Serial(str(rig.line.port), exclusive=True):
@@ -1035,23 +1037,27 @@ def test_no_serial_adapter_is_said_in_words_and_a_busy_one_taken_when_it_is_free
     assert rig.line.power() == (0, 0, 0, 0)
 
 
-def test_adapter_that_refuses_some_settings_is_not_left_at_them(rig):
-    rig = rig(parity="N", **HASTE, speaks=None, sabotage=NO_PARITY).start()
-    while "fails: Invalid argument: trying every second" not in rig.script.log():
-        rig.line.noise(0.2)
-    rig.line.find()
+def test_port_without_parity_is_said_once_and_answers_at_once(rig):
+    rig = rig(sabotage=NO_PARITY, speaks=None).begin()
+    rig.script.says(
+        "WARNING the adapter", "has no parity: a heat pump with even or odd"
+    )
+    assert rig.line.ask(POLL)[:3] == b"\x3c\x03\x1c"
+    rig.script.says('19200 bit/s 8N1: set baudrate = 19200, parity = "N"')
+    assert rig.script.log().count("has no parity") == 1
 
 
 def test_missing_permission_is_said_with_its_cure(rig):
     rig = rig()
     rig.broker.start()
     device = rig.line.plug().port.resolve()
+    shutil.chown(device, group="dialout")
     mode = device.stat().st_mode
     device.chmod(0)
     # root may open everything, unless it gives that up
     meek = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
     rig.script.start(*(meek if os.getuid() == 0 else ()))
-    rig.script.says("may not be opened, add your user to the group dialout")
+    rig.script.says("may not be opened", "add your user to the group dialout")
     device.chmod(mode)
     rig.script.says("the meter is on the line")
     assert rig.line.power() == (0, 0, 0, 0)
@@ -1241,7 +1247,7 @@ def test_round_without_success_is_said_once_and_a_late_heat_pump_found(rig):
         seen += rig.line.noise(1)
     for settings in ((1200, "O"), (19200, "E")):  # to the end of another round
         while rig.line.settings() != settings:
-            seen += rig.line.noise(0.2)
+            seen += rig.line.noise(0.01)
     assert set(seen) == {(r, p) for r in SPEEDS for p in "ENO"}
     assert seen.count((19200, "E")) == max(map(seen.count, seen))
     assert rig.script.log().count("WARNING") == 1
@@ -1310,23 +1316,6 @@ def test_frames_in_pieces_fit_and_settings_that_answer_are_not_left_any_more(rig
         assert line.ask(POLL[4:])[:3] == b"\x3c\x03\x1c"
 
 
-def test_settings_that_fit_at_the_last_moment_are_kept(rig):
-    rig = rig(PATIENCE=0, PAUSE=0.05, TICK=3, log_level="DEBUG").start()
-    rig.line.noise(0.5)  # for which they are to be left at the next TICK
-    rig.line.find()
-    assert set(rig.line.noise(8)) == {(19200, "E")}
-    assert rig.script.log().count("Server listening") == 2  # with the same settings
-
-
-def test_what_came_before_parity_was_checked_is_not_believed(rig):
-    slow = "import subprocess as it\nrun = it.run\nit.run = lambda *args, **more: "
-    slow += "print('stty', flush=True) or time.sleep(2) or run(*args, **more)"
-    rig = rig(sabotage=slow).begin()
-    rig.script.says("stty")
-    assert rig.line.ask(POLL, 3) == b""
-    rig.line.find()
-
-
 def test_adapter_pulled_during_the_search_goes_on_with_it(rig):
     rig = rig(**HASTE, speaks=(38400, "N")).start()
     while rig.line.settings() == (19200, "E"):
@@ -1363,6 +1352,7 @@ def test_log_says_when_the_heat_pump_that_read_once_stops_to_ask(rig, heard):
 @pytest.mark.parametrize(("heard", "diagnosis"), SILENCES.values(), ids=SILENCES)
 def test_silence_from_the_start_is_diagnosed_once(rig, heard, diagnosis):
     rig = rig(status_topic=STATUS, sabotage=LOOKS).start()
+    rig.broker.publish("3000")
     rig.line.send(bytes_of(heard))
     rig.script.looks(3)
     assert "has not read" not in rig.script.log()
