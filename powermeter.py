@@ -45,6 +45,7 @@ import struct
 import sys
 import termios
 import threading
+from contextlib import suppress
 from functools import partial
 from itertools import cycle
 from logging.handlers import QueueHandler, QueueListener
@@ -85,19 +86,25 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 def is_text(value):
+    """Return whether value is a text that the system can take as a name."""
     return type(value) is str and "\0" not in value
 
 
 def is_topic(value):
-    return is_text(value) and value == value.strip() != "" and not set(value) & {*"+#"}
+    """Return whether value is the name of one topic, with no blank at its ends."""
+    if not is_text(value) or value == "" or value != value.strip():
+        return False
+    return "+" not in value and "#" not in value
 
 
 def is_status_topic(value):
+    """Return whether value is a topic other than that of the rest power, or ""."""
     return value == "" or (is_topic(value) and value != topic)
 
 
 def is_host(value):
-    if not is_text(value) or set(value) & {*" /@[]"}:
+    """Return whether value can be a host name or an IP address, without a port."""
+    if not is_text(value) or any(sign in value for sign in " /@[]"):
         return False
     if value.count(":") == 1:  # a name with a port; an IPv6 address has more colons
         return False
@@ -106,33 +113,41 @@ def is_host(value):
 
 
 def is_login(value):
+    """Return whether value can be a user name or a password, maybe one of digits."""
     return is_text(value) or type(value) is int
 
 
 def is_ca_file(value):
+    """Return whether value is the path of a file with a CA in it, or ""."""
     if value == "":
         return True
-    try:  # only loading the file tells whether there is a CA in it
-        ssl.create_default_context(cafile=value if is_text(value) else os.devnull)
+    if not is_text(value):
+        return False
+    try:
+        ssl.create_default_context(cafile=value)  # only this tells what is in the file
     except OSError:
         return False
     return True
 
 
 def is_seconds(value):
+    """Return whether value is a number of seconds, 0 or more."""
     return type(value) in (int, float) and value >= 0
 
 
 def is_path(value):
+    """Return whether value is the full path of a file or device."""
     return is_text(value) and value.startswith("/")
 
 
 def is_between(lowest, highest):
+    """Return a test whether a value is a whole number from lowest to highest."""
     return lambda value: type(value) is int and lowest <= value <= highest
 
 
-def is_one_of(*allowed):  # also by its type: True is not 1, and 19200.0 is not 19200
-    return lambda value: (type(value), value) in [(type(one), one) for one in allowed]
+def is_one_of(*allowed):
+    """Return a test whether a value is one of those allowed, and of their type."""
+    return lambda value: type(value) is type(allowed[0]) and value in allowed
 
 
 SETTINGS = (  # name, whether it is written in quotes, test, what it may be
@@ -145,7 +160,9 @@ SETTINGS = (  # name, whether it is written in quotes, test, what it may be
     ("mqtt_ca_file", True, is_ca_file, "'' or a CA file"),
     ("max_age", False, is_seconds, "a number of seconds, or 0 for no limit"),
     (
-        *("status_topic", True, is_status_topic),
+        "status_topic",
+        True,
+        is_status_topic,
         'a topic in quotes, other than topic, or "" for none',
     ),
     ("serial_port", True, is_path, "the path of a device, such as /dev/ttyUSB0"),
@@ -324,8 +341,8 @@ class Broker(Client):
         """Take the rest power into the meter; 0 W where it cannot be trusted."""
         text = message.payload.decode(errors="replace")
         watts, fault = rest_power(text)
-        # What a broker has kept comes first after a login. It may be of any age, and
-        # not every broker flags it, nor does every broker flag nothing else.
+        # What a broker has kept comes first after a login, and may be of any age. Some
+        # brokers do not flag it as retained, others flag live values as well.
         is_old = self.is_first and (message.retain or watts == self.meter.watts)
         self.is_first = False
         self.has_message = True
@@ -333,19 +350,19 @@ class Broker(Client):
             kept = "may be an old value that was kept: waiting for the next one"
             log.info("%a %s", text[:80], kept)
             return
-        seconds = now() - self.meter.arrival
-        if self.last_bad is not None or self.meter.is_too_old or seconds > QUIET:
-            self.is_news = True
+        was_quiet = now() - self.meter.arrival > QUIET
+        is_news = self.is_news or self.meter.is_too_old or was_quiet
         self.meter.take(watts)
         if fault:
             if text != self.last_bad:
                 log.error("%a %s: serving 0 W until one comes", text[:80], fault)
             self.last_bad = text
-            return
-        level = logging.INFO if self.is_news else logging.DEBUG
-        log.log(level, "rest power %g W: %d W per phase", watts, round(watts / 3))
-        self.is_news = False
-        self.last_bad = None
+            self.is_news = True
+        else:
+            level = logging.INFO if is_news else logging.DEBUG
+            log.log(level, "rest power %g W: %d W per phase", watts, round(watts / 3))
+            self.last_bad = None
+            self.is_news = False
 
     def on_pre_connect(self, _client, _userdata):
         """Begin a login."""
@@ -392,9 +409,8 @@ class Broker(Client):
             hint = "is it started, does it let other computers in (README, The broker)?"
         elif isinstance(error, socket.gaierror):
             hint = "check mqtt_server"
-        say(
-            "broker", write, f"cannot reach {self.name} ({error}), trying again: {hint}"
-        )
+        what = f"cannot reach {self.name} ({error}), trying again: {hint}"
+        say("broker", write, what)
 
     def on_disconnect(self, _client, _userdata, _flags, reason, _properties):
         """Say that the connection broke; nothing where it was ended here or refused."""
@@ -416,9 +432,9 @@ class Broker(Client):
 
     def publish_status(self, status):
         """Publish the status if it is a new one, and again after STATUS_EVERY."""
-        if not status_topic or not status or not self.is_connected():
+        if not status_topic or not self.is_connected():
             return
-        # Again, as the will of a session that was thought dead may have replaced it.
+        # Again, as the late will of a script that was killed may have replaced it.
         age = now() - self.status_time
         if status != self.last_status or age >= STATUS_EVERY:
             self.last_status = status
@@ -531,7 +547,7 @@ ALL_SETTINGS = [
 
 
 class Line:
-    """All that is known of the line and of the heat pump; the main thread's."""
+    """All that is known of the line: the main thread notes it, look_after() asks."""
 
     def __init__(self):
         self.own = SerialSettings(baudrate, parity, stopbits)  # of the settings block
@@ -539,7 +555,7 @@ class Line:
         others = [one for one in ALL_SETTINGS if one != self.own]
         self.to_try = cycle([*others, self.own])  # the next, if those in use are wrong
         self.good_frames = 0  # with those in use; exceptions do not count
-        self.proven = False  # whether those in use are right; then they stay for good
+        self.proven = False  # whether those in use are right: then they stay for good
         self.left = b""  # bytes that belong to no frame yet
         self.last_byte = None  # s, when it came; None = never
         self.request = None  # the last Frame that came, if it asks us
@@ -552,19 +568,20 @@ class Line:
 
     def hear(self, data):
         """Take bytes that came, and note what the frames in them say."""
-        if self.last_byte and now() - self.last_byte > PAUSE:
-            self.left = b""  # the rest of a frame comes without a pause
+        if self.last_byte is not None and now() - self.last_byte > PAUSE:
+            self.left = b""  # no frame has a pause in it
         self.last_byte = now()
         frames, self.left = find_frames(self.left + data)
-        self.request = None
         for frame in frames:
             self.note(frame)
 
     def note(self, frame):
-        """Note what one frame says."""
+        """Note what a frame says. One to us, or two good ones, prove the settings."""
         self.request = None
         if frame.function < 0x80:  # chance makes an exception's five bytes too easily
             self.good_frames += 1
+        if self.good_frames == 2:
+            self.proven = True
         if frame.is_answer:
             self.answering.add(frame.unit)
         elif frame.unit == unit_id:
@@ -572,8 +589,6 @@ class Line:
             self.proven = True
         elif frame.function in (3, 4) and 1 <= frame.unit <= 247:
             self.asked.add(frame.unit)
-        if self.good_frames > 1:
-            self.proven = True
 
     def try_next_settings(self):
         """Go on to the next serial settings; after all of them comes another round."""
@@ -636,7 +651,7 @@ class Line:
 PATIENCE = 20  # s of bursts that do not fit until the settings of the block are left
 STRAY = 60  # s after which another burst that does not fit is no continuation
 SILENCE = 60  # s without a byte after which slow settings are left
-ALL_HEARING = 19200  # bit/s; an adapter hears nothing of what is sent much faster
+ALL_HEARING = 19200  # bit/s; below that, nothing is heard of what is sent much faster
 
 
 class NoParityError(OSError):
@@ -650,7 +665,7 @@ def check_parity(port):
     """
     iflag, oflag, cflag, *more = termios.tcgetattr(port.fd)
     if port.parity != "N" and not cflag & termios.PARENB:
-        raise NoParityError
+        raise NoParityError(errno.EINVAL, "no parity")
     attributes = [iflag | termios.INPCK, oflag, cflag, *more]
     termios.tcsetattr(port.fd, termios.TCSANOW, attributes)
 
@@ -665,7 +680,7 @@ def open_port(settings):
         port = serial.Serial(serial_port, exclusive=True, timeout=PAUSE, **arguments)
     except termios.error as error:  # (number, text)
         if settings.parity != "N" and error.args[0] == errno.EINVAL:
-            raise NoParityError from error
+            raise NoParityError(*error.args) from error
         raise
     try:
         check_parity(port)
@@ -692,23 +707,25 @@ def hear_burst(port, line):
 def listen(port, line):
     """Return when what comes proves the serial settings, or shows them wrong."""
     on_trial = line.settings != line.own
-    misfits = []  # s, when the bursts without a good frame came, since the last with one
-    opened = now()
-    hear_burst(port, line)  # one that began before the port was opened tells nothing
+    misfits = []  # s, the times of the bursts in a row that had no good frame
+    last_burst = now()
+    hear_burst(port, line)  # one that began before the port was open tells nothing
     while not line.proven and not stop.is_set():
         good_before = line.good_frames
         if not hear_burst(port, line):
-            silent = now() - max(opened, line.last_byte or opened)
-            if line.settings.baudrate < ALL_HEARING and silent >= SILENCE:
+            is_deaf = line.settings.baudrate < ALL_HEARING
+            if is_deaf and now() - last_burst >= SILENCE:
                 return
-        elif line.good_frames > good_before:
+            continue
+        last_burst = now()
+        if line.good_frames > good_before:
             misfits = []
-        else:
-            if misfits and now() - misfits[-1] > STRAY:
-                misfits = []
-            misfits.append(now())
-            if on_trial or misfits[-1] - misfits[0] >= PATIENCE:
-                return
+            continue
+        if misfits and now() - misfits[-1] > STRAY:
+            misfits = []
+        misfits.append(now())
+        if on_trial or misfits[-1] - misfits[0] >= PATIENCE:
+            return
 
 
 def search(line):
@@ -761,7 +778,8 @@ class Handler(ServerRequestHandler):
     def callback_connected(self):
         """Begin to serve; pymodbus calls this when the adapter is open."""
         asyncio.create_task(self.end_server())
-        check_parity(self.transport.sync_serial)
+        with suppress(OSError, termios.error):  # pulled: end_server() will see it
+            check_parity(self.transport.sync_serial)
         self.line.note_open()
         self.answer()  # the request that proved the settings
 
@@ -815,7 +833,9 @@ def run_server(meter, line):
 
 def adapter_fault(error):
     """Return what is wrong with the adapter and what to do, for an error of an open."""
-    code = error.args[0] if error.args else None
+    code = error.args[0]
+    if isinstance(error, NoParityError):
+        return "has no parity", "the heat pump's serial settings need one"
     if code in (errno.ENOENT, errno.ENODEV):
         plugged_in = ", ".join(sorted(glob.glob("/dev/serial/by-id/*")))
         return "is not there", f"plugged in: {plugged_in or 'none with USB'}"
@@ -830,17 +850,17 @@ def adapter_fault(error):
         if group == "tty":
             return "may not be opened", "a serial console has it: switch that off"
         return "may not be opened", f"add your user to the group {group}"
-    if isinstance(error, NoParityError):
-        return "has no parity", "the heat pump's serial settings need one"
     return f"fails: {error.args[-1]}", "is it a serial adapter?"
 
 
 def serve(meter, line):
     """Search the serial settings and then serve with them, until a stop."""
-    # pymodbus's server makes its handlers by this method: now it makes ours.
-    ModbusSerialServer.callback_new_connection = lambda server: Handler(
-        server, meter, line
-    )
+
+    def new_handler(server):
+        return Handler(server, meter, line)
+
+    # The method by which pymodbus's server makes a handler: now it makes ours.
+    ModbusSerialServer.callback_new_connection = new_handler
     while not stop.is_set():
         try:
             if not line.proven:
@@ -849,7 +869,7 @@ def serve(meter, line):
                 run_server(meter, line)
         except (OSError, RuntimeError, termios.error) as error:
             fault, hint = adapter_fault(error)
-            line.note_fault(is_taken=fault == "is in use by another program")
+            line.note_fault(is_taken=error.args[0] == errno.EAGAIN)
             what = f"the adapter {serial_port} {fault}: trying every second ({hint})"
             say("adapter", log.warning, what)
             sleep(1)
@@ -899,7 +919,7 @@ def main():
     watch = threading.Thread(target=look_after, args=(broker, line), daemon=True)
     watch.start()
     serve(meter, line)
-    watch.join()
+    watch.join(1)
     broker.say_goodbye()
     sleep(0.5)  # for the threads to send and write what is left
     os._exit(0)  # a stopped terminal would hold up a normal end for ever
