@@ -1,11 +1,11 @@
 """Viessmann's energy meter, a rebranded Saia-Burgess ALE3, emulated on RS-485.
 
-    restPower = hpPower - gridPower    W left for the heat pump; gridPower < 0: feed-in
+    restPower = hpPower - gridPower    W left for the heat pump; see the README
     MQTT broker -> Broker.on_rest_power -> Meter -> pymodbus's server -> heat pump
 
-Three threads: paho's writes each rest power into the meter's registers; the main one
-searches the heat pump's serial settings, then serves the registers with them; and
-look_after() does what is due by time.
+paho's thread writes each rest power into the meter's registers. The main thread first
+listens for the heat pump's serial settings, then serves the registers with them.
+look_after(), a third one, does what is due by time, and a fourth writes the log.
 
 Edit the settings, then start it in the README's environment: python3 powermeter.py
 """
@@ -45,7 +45,6 @@ import struct
 import sys
 import termios
 import threading
-from contextlib import suppress
 from functools import partial
 from itertools import cycle
 from logging.handlers import QueueHandler, QueueListener
@@ -57,16 +56,12 @@ from paho.mqtt.client import CallbackAPIVersion, Client
 from pymodbus.constants import ExcCodes
 from pymodbus.framer import FramerRTU
 from pymodbus.pdu import ExceptionResponse
-from pymodbus.server import ModbusSerialServer, ServerAsyncStop, StartSerialServer
+from pymodbus.server import ModbusSerialServer, StartSerialServer
 from pymodbus.server.requesthandler import ServerRequestHandler
 from pymodbus.simulator import DataType, SimData, SimDevice
 
 TICK = 0.2  # s between two looks at what is due
 REPORT_EVERY = 60  # s between two lines on how all is going
-STATUS_EVERY = 30  # s after which the same status is published again
-READ_TIMEOUT = 60  # s without a read after which the heat pump counts as not reading
-NO_MESSAGE = 30  # s without any message after which the topic counts as doubtful
-QUIET = 10  # s without a rest power after which the next one is logged at INFO
 now = partial(clock_gettime, CLOCK_BOOTTIME)  # s, goes on while a computer sleeps
 log = logging.getLogger("powermeter")
 stop = threading.Event()  # set by Ctrl-C and SIGTERM; then each thread ends
@@ -109,11 +104,12 @@ def is_host(value):
     if value.count(":") == 1:  # a name with a port; an IPv6 address has more colons
         return False
     labels = value.removesuffix(".").split(".")
-    return all(1 <= len(label) <= 63 for label in labels)  # else no look-up is possible
+    # The look-up of others raises UnicodeError, which would end paho's thread.
+    return all(1 <= len(label) <= 63 for label in labels)
 
 
 def is_login(value):
-    """Return whether value can be a user name or a password, maybe one of digits."""
+    """Return whether value can be a user name or a password; digits need no quotes."""
     return is_text(value) or type(value) is int
 
 
@@ -146,49 +142,51 @@ def is_between(lowest, highest):
 
 
 def is_one_of(*allowed):
-    """Return a test whether a value is one of those allowed, and of their type."""
+    """Return a test whether a value is one of those allowed; True is not 1."""
     return lambda value: type(value) is type(allowed[0]) and value in allowed
 
 
-SETTINGS = (  # name, whether it is written in quotes, test, what it may be
-    ("topic", True, is_topic, "a topic without + and #, with no blank at its ends"),
-    ("mqtt_server", True, is_host, "a host name or an IP address, without a port"),
-    ("mqtt_port", False, is_between(1, 65535), "1 to 65535"),
-    ("mqtt_username", True, is_login, "a text, or '' for none"),
-    ("mqtt_password", True, is_login, "a text, or '' for none"),
-    ("mqtt_tls", False, is_one_of(True, False), "True or False"),
-    ("mqtt_ca_file", True, is_ca_file, "'' or a CA file"),
-    ("max_age", False, is_seconds, "a number of seconds, or 0 for no limit"),
+SETTINGS = (  # name, test, what it may be
+    ("topic", is_topic, "a topic without + and #, with no blank at its ends"),
+    ("mqtt_server", is_host, "a host name or an IP address, without a port"),
+    ("mqtt_port", is_between(1, 65535), "1 to 65535, without quotes"),
+    ("mqtt_username", is_login, "a text, or '' for none"),
+    ("mqtt_password", is_login, "a text, or '' for none"),
+    ("mqtt_tls", is_one_of(True, False), "True or False, without quotes"),
+    ("mqtt_ca_file", is_ca_file, "'' or a CA file"),
+    ("max_age", is_seconds, "a number of seconds, or 0, without quotes"),
     (
         "status_topic",
-        True,
         is_status_topic,
         'a topic in quotes, other than topic, or "" for none',
     ),
-    ("serial_port", True, is_path, "the path of a device, such as /dev/ttyUSB0"),
-    ("baudrate", False, is_one_of(*BAUDRATES), sorted(BAUDRATES)),
-    ("parity", True, is_one_of("E", "O", "N"), "'E', 'O' or 'N'"),
-    ("stopbits", False, is_one_of(1, 2), "1 or 2"),
-    ("unit_id", False, is_between(1, 247), "1 to 247"),
-    ("surplus_sign", False, is_one_of(1, -1), "1 or -1"),
-    ("log_level", True, is_one_of(*LOG_LEVELS), LOG_LEVELS),
+    ("serial_port", is_path, "the path of a device, such as '/dev/ttyUSB0'"),
+    (
+        "baudrate",
+        is_one_of(*BAUDRATES),
+        "1200, 2400, 4800, 9600, 19200, 38400, 57600 or 115200, without quotes",
+    ),
+    ("parity", is_one_of("E", "O", "N"), "'E', 'O' or 'N'"),
+    ("stopbits", is_one_of(1, 2), "1 or 2, without quotes"),
+    ("unit_id", is_between(1, 247), "1 to 247, without quotes"),
+    ("surplus_sign", is_one_of(1, -1), "1 or -1, without quotes"),
+    ("log_level", is_one_of(*LOG_LEVELS), "'DEBUG', 'INFO', 'WARNING' or 'ERROR'"),
 )
 
 
 def check_settings():
     """End the script with status 2 and one line where a setting cannot work."""
-    for name, in_quotes, can_work, allowed in SETTINGS:
+    for name, can_work, allowed in SETTINGS:
         value = globals().get(name)
-        if name in globals() and can_work(value):
-            continue
-        fault = f"{name} = {value!r} cannot work"
         if name not in globals():
-            fault = f"{name} is missing"
+            fault = "is missing"
+        elif can_work(value):
+            continue
         elif name == "mqtt_password":
-            fault = f"{name} cannot work"  # a password is in no line
-        elif type(value) is str and not in_quotes:
-            fault += " in quotes"
-        print(f"{fault}, it may be: {allowed}", file=sys.stderr)
+            fault = "cannot work"  # a password is never shown
+        else:
+            fault = f"= {value!r} cannot work"
+        print(f"{name} {fault}, it may be: {allowed}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -196,24 +194,30 @@ def check_settings():
 VOLTAGE, MAX_WATTS = 230, 327670  # V, W; R51 holds at most 32767 times 10 W
 REGISTERS, MAX_COUNT = 52, 20  # R1 to R52, wire addresses 0 to 51; at most in a read
 READ, WRITE = 3, 16  # its function codes: Read Holding and Write Multiple Registers
-RESETTABLE = ((29, 2), (33, 2))  # wire address and count of the partial energies
+RESETTABLE = ((29, 2), (33, 2))  # wire address and count of R30-31 and R34-35
+
+
+def signed(number):
+    """Return a number from -32768 to 32767 as a register holds it."""
+    return number & 0xFFFF
 
 
 def meter_registers(watts, rate):
     """Return R1 to R52 (16 bits each) for a rest power in W and a baudrate in bit/s."""
     current = round(abs(watts) / 3 / VOLTAGE * 10)  # 0.1 A per phase
-    power = (surplus_sign * round(watts / 30)) & 0xFFFF  # 10 W per phase, signed
+    power = signed(surplus_sign * round(watts / 30))  # 10 W per phase
+    total = signed(surplus_sign * round(watts / 10))  # 10 W
     phase = (VOLTAGE, current, power, 0, 100)  # V, 0.1 A, 10 W, 10 var, cos phi in 0.01
     return [
         *(11, REGISTERS, 0),  # R1-3 firmware version 1.1, number of registers, of flags
-        *(*divmod(rate, 0x10000), 0),  # R4-5 baudrate, bit/s, R6 not used
+        *(rate >> 16, rate & 0xFFFF, 0),  # R4-5 baudrate, bit/s, R6 not used
         *struct.unpack(">8H", b"ALE3D5FD10C2A00\0"),  # R7-14 type
         *(11, 0, 0, 1, 0, 0, 0),  # R15 hardware 1.1, R16-18 serial no., R19-21 not used
         *(0, 60),  # R22 status, 0 = no problem, R23 response timeout, ms
         *(unit_id, 0, 0, 0),  # R24 Modbus address, R25-27 errors, not used, tariff
         *[0] * 8,  # R28-35 energy, 0.01 kWh; 0, as counts would be lost at restarts
         *(phase * 3),  # R36-50 phases 1 to 3
-        *((surplus_sign * round(watts / 10)) & 0xFFFF, 0),  # R51-52 total, 10 W, 10 var
+        *(total, 0),  # R51-52 total power, 10 W, and reactive power, 10 var
     ]
 
 
@@ -221,12 +225,12 @@ def refusal(pdu):
     """Return the exception code for a request (its function code first), or None."""
     function = pdu[0]
     if function == READ:
-        wire_address, count = struct.unpack(">HH", pdu[1:])
+        wire_address, count = struct.unpack(">HH", pdu[1:])  # it comes whole
         fits = 1 <= count <= MAX_COUNT and wire_address + count <= REGISTERS
         return None if fits else ExcCodes.ILLEGAL_ADDRESS  # the datasheet's code
     if function != WRITE:
         return ExcCodes.ILLEGAL_FUNCTION
-    if len(pdu) < 6:  # it is cut short before its values
+    if len(pdu) < 6:  # too short to have values
         return ExcCodes.ILLEGAL_VALUE
     wire_address, count, byte_count = struct.unpack(">HHB", pdu[1:6])
     values = pdu[6:]
@@ -240,13 +244,14 @@ def refusal(pdu):
 
 
 class Meter(SimDevice):
-    """pymodbus's datastore: paho's thread writes it, each server in turn reads it."""
+    """pymodbus's datastore: paho's thread writes it, pymodbus's server reads it."""
 
     def __init__(self):
         super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
+        # What a server gets: address of the first register, registers, their types.
         self.built = super().build_device()
-        self.registers = self.built[1]  # behind the first address, before the types
-        self.lock = threading.Lock()  # of all below: every thread may write
+        _first, self.registers, _types = self.built
+        self.lock = threading.Lock()  # whoever writes the registers, holds it
         self.watts = None  # W, the last rest power; None = none that can be trusted
         self.arrival = now()  # s, when that came
         self.is_too_old = False  # whether 0 W is served instead
@@ -254,13 +259,13 @@ class Meter(SimDevice):
         self.write_registers()
 
     def build_device(self):
-        """Give every server the same registers: each calls this when it starts."""
+        """Give each new server, as after a pulled adapter, the registers of the last."""
         return self.built
 
     def write_registers(self):
         """Show the present rest power, or 0 W, in the registers."""
         watts = 0.0 if self.watts is None or self.is_too_old else self.watts
-        # One assignment: a read sees all the old or all the new ones, no mixture.
+        # One assignment, as a read is one slice: it sees all old or all new ones.
         self.registers[:REGISTERS] = meter_registers(watts, self.baudrate)
 
     def take(self, watts):
@@ -274,7 +279,8 @@ class Meter(SimDevice):
     def drop_old_value(self):
         """Serve 0 W from now on if the rest power has become older than max_age."""
         with self.lock:
-            if self.is_too_old or max_age == 0 or now() - self.arrival <= max_age:
+            is_old = max_age > 0 and now() - self.arrival > max_age
+            if self.is_too_old or not is_old:
                 return
             self.is_too_old = True
             self.write_registers()
@@ -288,15 +294,21 @@ class Meter(SimDevice):
 
     def report(self):
         """Return which power is served, and why."""
-        age = now() - self.arrival
-        if self.watts is None:
+        with self.lock:
+            watts, age = self.watts, now() - self.arrival
+        if watts is None:
             return "serving 0 W, as there is no rest power"
         if self.is_too_old:
-            return f"serving 0 W, as {self.watts:g} W are {age:.0f} s old"
-        return f"serving {self.watts:g} W, {age:.0f} s old"
+            return f"serving 0 W, as {watts:g} W are {age:.0f} s old"
+        return f"serving {watts:g} W, {age:.0f} s old"
 
 
 # -------------------------- MQTT: where the value comes from --------------------------
+SETTLING = 5  # s after a login in which a broker may send what it has kept
+NEWS_AFTER = 10  # s without a rest power, after which the next one is logged at INFO
+NO_MESSAGE = 30  # s without any message, after which the topic counts as doubtful
+STATUS_EVERY = 30  # s after which the same status is published again
+LOGIN_REFUSED = ("Bad user name or password", "Not authorized")  # in paho's words
 # A plain number; float() alone would take nan, 1_000 and other alphabets' digits too.
 NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 
@@ -318,15 +330,19 @@ class Broker(Client):
         super().__init__(CallbackAPIVersion.VERSION2, client_id)
         self.meter = meter
         self.name = f"the MQTT broker {mqtt_server}:{mqtt_port}"
-        self.is_accepted = False  # whether the broker accepted the present login
-        self.is_refused = False  # whether it refused it
-        self.subscribed = None  # s, since when; None = not yet
-        self.has_message = False  # whether any came since the start
-        self.is_first = True  # whether the next message is the first after a login
-        self.is_news = True  # whether the next rest power is logged at INFO
-        self.last_bad = None  # the last message, if it held no rest power
-        self.last_status = ""  # the last that was published in this session
+        # Of the present connection:
+        self.login = None  # the broker's answer to it, a ReasonCode; None = none yet
+        self.login_time = 0.0  # s, when it was accepted
+        self.is_first = True  # whether the next message is the first one
+        self.doubted = None  # that message, if it may be an old one
+        self.last_status = ""  # the last that was published
         self.status_time = 0.0  # s, when that was
+        # Since the start:
+        self.subscribed = None  # s, when the topic was subscribed; None = not yet
+        self.has_message = False  # whether any message came
+        self.has_status = False  # whether any status was published
+        self.is_news = True  # whether the next rest power is logged at INFO
+        self.last_bad = None  # the text of the last message, if that was no rest power
         self.reconnect_delay_set(1, 10)  # s between two tries
         self.username_pw_set(str(mqtt_username) or None, str(mqtt_password) or None)
         if mqtt_tls:
@@ -337,20 +353,38 @@ class Broker(Client):
         self.message_callback_add(topic, self.on_rest_power)
         self.connect_async(mqtt_server, mqtt_port, keepalive=10)  # s
 
+    def may_be_old(self, message, watts):
+        """Return whether a message may be one that the broker has kept, of any age.
+
+        Such a message comes first after a login. Most brokers flag it as retained. Some
+        do not: then it is mostly the value that the meter has. Some flag live values as
+        well. And ioBroker sends it again 2 s after the login.
+        """
+        is_first = self.is_first
+        self.is_first = False
+        if max_age == 0:
+            return False
+        if is_first:
+            is_known = watts is not None and watts == self.meter.watts
+            return message.retain or is_known
+        if self.doubted is None or now() - self.login_time > SETTLING:
+            return False
+        is_same = message.payload == self.doubted.payload
+        return is_same and (message.retain or not self.doubted.retain)
+
     def on_rest_power(self, _client, _userdata, message):
         """Take the rest power into the meter; 0 W where it cannot be trusted."""
+        self.has_message = True
         text = message.payload.decode(errors="replace")
         watts, fault = rest_power(text)
-        # What a broker has kept comes first after a login, and may be of any age. Some
-        # brokers do not flag it as retained, others flag live values as well.
-        is_old = self.is_first and (message.retain or watts == self.meter.watts)
-        self.is_first = False
-        self.has_message = True
-        if is_old and max_age > 0:
-            kept = "may be an old value that was kept: waiting for the next one"
-            log.info("%a %s", text[:80], kept)
+        if self.may_be_old(message, watts):
+            if self.doubted is None:
+                kept = "may be an old value that was kept: waiting for the next one"
+                log.info("%a %s", text[:80], kept)
+            self.doubted = message
             return
-        was_quiet = now() - self.meter.arrival > QUIET
+        self.doubted = None
+        was_quiet = now() - self.meter.arrival > NEWS_AFTER
         is_news = self.is_news or self.meter.is_too_old or was_quiet
         self.meter.take(watts)
         if fault:
@@ -366,24 +400,23 @@ class Broker(Client):
 
     def on_pre_connect(self, _client, _userdata):
         """Begin a login."""
-        self.is_accepted = False
-        self.is_refused = False
+        self.login = None
 
     def on_connect(self, _client, _userdata, _flags, reason, _properties):
         """Subscribe, anew at each login; or say that the broker refuses it."""
-        if not reason.is_failure:
-            self.is_accepted = True
-            self.is_first = True
-            self.is_news = True
-            self.last_status = ""  # so that look_after() publishes it
-            self.subscribe(topic)
-            return
-        self.is_refused = True
-        if str(reason) in ("Bad user name or password", "Not authorized"):
-            what = "the login, check mqtt_username and mqtt_password"
-        else:
+        self.login = reason
+        if reason.is_failure:
             what = "the connection, trying again"
-        say("broker", log.error, f"{self.name} refuses {what}: {reason}")
+            if str(reason) in LOGIN_REFUSED:
+                what = "the login, check mqtt_username and mqtt_password"
+            say("broker", log.error, f"{self.name} refuses {what}: {reason}")
+            return
+        self.login_time = now()
+        self.is_first = True
+        self.doubted = None
+        self.is_news = True
+        self.last_status = ""  # so that look_after() publishes it
+        self.subscribe(topic)
 
     def on_subscribe(self, _client, _userdata, _mid, reasons, _properties):
         """Say that all is well; where the topic is refused, ask a second later."""
@@ -413,17 +446,19 @@ class Broker(Client):
         say("broker", write, what)
 
     def on_disconnect(self, _client, _userdata, _flags, reason, _properties):
-        """Say that the connection broke; nothing where it was ended here or refused."""
-        if not reason.is_failure or self.is_refused:
+        """Say that the broker closed the connection, unless it refused the login."""
+        if not reason.is_failure:  # it was closed here
             return
-        what = "check mqtt_port and mqtt_tls"
-        if self.is_accepted:
+        if self.login is None:
+            what = "check mqtt_port and mqtt_tls"
+            say("broker", log.warning, f"{self.name} closed the connection: {what}")
+        elif not self.login.is_failure:
             what = "connecting again"
-        say("broker", log.warning, f"{self.name} closed the connection: {what}")
+            say("broker", log.warning, f"{self.name} closed the connection: {what}")
 
     def doubt_topic(self):
-        """Say it if nothing has come at all since the start."""
-        if self.has_message or not self.subscribed or not self.is_connected():
+        """Say it if nothing at all has come on the topic since the start."""
+        if self.has_message or self.subscribed is None or not self.is_connected():
             return
         if now() - self.subscribed >= NO_MESSAGE:
             what = f'nothing came yet on "{topic}", is that the right topic? '
@@ -434,23 +469,26 @@ class Broker(Client):
         """Publish the status if it is a new one, and again after STATUS_EVERY."""
         if not status_topic or not self.is_connected():
             return
-        # Again, as the late will of a script that was killed may have replaced it.
+        # Again, because a script that was killed may have left a session at the broker:
+        # when that times out, its will, "offline", replaces our status.
         age = now() - self.status_time
         if status != self.last_status or age >= STATUS_EVERY:
+            self.has_status = True
             self.last_status = status
             self.status_time = now()
             self.publish(status_topic, status, retain=True)
 
     def say_goodbye(self):
-        """Log off, and take back the status if there is one."""
-        if self.last_status:
+        """Log off, with "offline" where a status was published."""
+        if self.has_status:
             self.publish(status_topic, "offline", retain=True)
         self.disconnect()
 
 
 # --- Modbus: the line. Frames by the Modbus Application Protocol V1.1b3, chapter 6 ----
 MIN_FRAME, MAX_FRAME = 4, 256  # bytes
-PAUSE = 0.2  # s without a byte, which ends a burst of bytes
+PAUSE = 0.2  # s without a byte, after which a new burst of bytes begins
+READ_TIMEOUT = 60  # s without a read after which the heat pump counts as not reading
 
 
 class Frame(NamedTuple):
@@ -474,7 +512,7 @@ class Frame(NamedTuple):
 
 
 def has_good_crc(data):
-    """Return whether data end with their CRC."""
+    """Return whether data end with their CRC: the CRC of both is 0."""
     return FramerRTU.compute_CRC(data) == 0
 
 
@@ -483,9 +521,10 @@ def first_frame(data):
     function, third = data[1], data[2]
     candidates = []  # (size in bytes, whether it is an answer), in order
     if function in (1, 2, 3, 4):
-        # An answer has the number of its data bytes here. With 3 of them it has the
-        # size of a request, and none has 0. It goes first, since its CRC stays good
-        # without a 0 at its end: our own, echoed by an adapter, would be a request.
+        # In an answer, third is the number of its data bytes; no answer has 0, and one
+        # with 3 is as long as a request and taken for one. Answers go first: where the
+        # last byte is 0, the CRC is good without it too, so 8 bytes of an answer with
+        # 9, such as our own that an adapter echoes, look like a whole request.
         if third not in (0, 3):
             candidates.append((5 + third, True))
         candidates.append((8, False))
@@ -495,7 +534,7 @@ def first_frame(data):
         byte_count = data[6]
         candidates.append((8, True))
         candidates.append((9 + byte_count, False))
-    elif function > 0x80 and third < 12:  # an exception, of which there are 11
+    elif function > 0x80 and third < 12:  # an exception; the highest code is 11
         candidates.append((5, True))
     for size, is_answer in candidates:
         if size <= len(data) and has_good_crc(data[:size]):
@@ -504,27 +543,32 @@ def first_frame(data):
 
 
 def is_request_of_unknown_size(data):
-    """Return whether data as a whole are a request to us whose size nothing tells."""
+    """Return whether data as a whole are a request to us whose size nothing tells.
+
+    That is any of functions 7 to 127, also a WRITE that is no whole one.
+    """
     if not MIN_FRAME <= len(data) <= MAX_FRAME or data[0] != unit_id:
         return False
-    function = data[1]  # up to 6 the size is known; from 0x80 on it is an answer
-    return 6 < function < 0x80 and has_good_crc(data)
+    return 7 <= data[1] <= 127 and has_good_crc(data)
 
 
 def find_frames(data):
-    """Return a list of all Frames in data, and the bytes behind the last one."""
+    """Return a list of all Frames in data, and at most MAX_FRAME bytes behind them.
+
+    These may be the beginning of a frame, maybe with noise before it.
+    """
     frames = []
     start = 0  # where a frame may begin
-    end = 0  # where the last one ended
+    behind_last = 0  # where the bytes behind the last frame begin
     while start + MIN_FRAME <= len(data):
         frame = first_frame(data[start : start + MAX_FRAME])
         if frame:
             frames.append(frame)
             start += len(frame.data)
-            end = start
+            behind_last = start
         else:
             start += 1  # noise may come before a frame
-    left = data[end:]
+    left = data[behind_last:]
     if is_request_of_unknown_size(left):
         return [*frames, Frame(left, is_answer=False)], b""
     return frames, left[-MAX_FRAME:]
@@ -550,18 +594,21 @@ class Line:
     """All that is known of the line: the main thread notes it, look_after() asks."""
 
     def __init__(self):
-        self.own = SerialSettings(baudrate, parity, stopbits)  # of the settings block
-        self.settings = self.own  # in use
-        others = [one for one in ALL_SETTINGS if one != self.own]
-        self.to_try = cycle([*others, self.own])  # the next, if those in use are wrong
-        self.good_frames = 0  # with those in use; exceptions do not count
+        # The serial settings:
+        self.configured = SerialSettings(baudrate, parity, stopbits)
+        self.settings = self.configured  # those in use
+        others = [one for one in ALL_SETTINGS if one != self.configured]
+        self.to_try = cycle([*others, self.configured])  # a round ends with those
+        self.good_frames = 0  # that came with the settings in use, without exceptions
         self.proven = False  # whether those in use are right: then they stay for good
+        # What came:
         self.left = b""  # bytes that belong to no frame yet
         self.last_byte = None  # s, when it came; None = never
         self.request = None  # the last Frame that came, if it asks us
-        self.refused = None  # the first request to us that was refused, as bytes
-        self.last_read = None  # s, when the heat pump read the meter; None = never
-        self.quiet_since = None  # s, the last read, or the opening; None = not open
+        # The heat pump:
+        self.last_read = None  # s, when it read the meter; None = never
+        self.waiting_since = None  # s, its last read or the opening; None = not open
+        self.refused = None  # the first of its requests that was refused, as bytes
         self.asked = set()  # unit ids of others that are asked as a meter would be
         self.answering = set()  # unit ids of those that answer
         self.is_taken = False  # whether another program has the adapter
@@ -577,11 +624,7 @@ class Line:
 
     def note(self, frame):
         """Note what a frame says. One to us, or two good ones, prove the settings."""
-        self.request = None
-        if frame.function < 0x80:  # chance makes an exception's five bytes too easily
-            self.good_frames += 1
-        if self.good_frames == 2:
-            self.proven = True
+        self.request = None  # it is too late to answer one before this frame
         if frame.is_answer:
             self.answering.add(frame.unit)
         elif frame.unit == unit_id:
@@ -589,54 +632,57 @@ class Line:
             self.proven = True
         elif frame.function in (3, 4) and 1 <= frame.unit <= 247:
             self.asked.add(frame.unit)
+        if frame.function < 0x80:  # chance makes an exception's five bytes too easily
+            self.good_frames += 1
+            self.proven = self.proven or self.good_frames >= 2
 
     def try_next_settings(self):
-        """Go on to the next serial settings; after all of them comes another round."""
+        """Go on to the next serial settings; say it when a round of all is over."""
         self.settings = next(self.to_try)
         self.good_frames = 0
         self.left = b""
-        if self.settings == self.own:
+        if self.settings == self.configured:
             say("round", log.warning, "no serial settings fit: swap A and B")
 
     def note_open(self):
         """Note that the adapter is open, and say so."""
         say("adapter", log.info, f"the meter is on the line: {serial_port}")
         self.is_taken = False
-        if self.quiet_since is None:
-            self.quiet_since = now()
+        if self.waiting_since is None:  # the search opens it again and again
+            self.waiting_since = now()
 
     def note_fault(self, is_taken):
         """Note that the adapter cannot be opened, or got lost."""
         self.is_taken = is_taken
-        self.quiet_since = None  # the heat pump cannot read: its 60 s begin anew
-        self.request = None  # too late to be answered
+        self.waiting_since = None
 
     def note_read(self):
         """Note that the heat pump reads the meter."""
         self.last_read = now()
-        self.quiet_since = now()
-
-    def is_quiet(self):
-        """Return whether the heat pump could read for READ_TIMEOUT, and did not."""
-        since = self.quiet_since
-        return since is not None and now() - since >= READ_TIMEOUT
+        self.waiting_since = now()
 
     def is_read(self):
         """Return whether the heat pump reads the meter."""
         return self.last_read is not None and now() - self.last_read < READ_TIMEOUT
 
+    def waits_in_vain(self):
+        """Return whether the heat pump could read for READ_TIMEOUT, and did not."""
+        since = self.waiting_since
+        return since is not None and now() - since >= READ_TIMEOUT
+
     def diagnosis(self):
         """Return a sentence on why the heat pump does not read."""
         if self.last_read is not None:
             return "it stopped asking: is it on, are all wires in?"
-        if self.refused:
+        if self.refused is not None:
             return f"the meter refuses what it asks: {self.refused.hex(' ')}"
-        if units := sorted(self.asked - self.answering):
-            units = " or ".join(map(str, units))
+        in_vain = sorted(self.asked - self.answering)
+        if in_vain:
+            units = " or ".join(map(str, in_vain))
             return f"other units are asked in vain: set unit_id = {units}"
         if self.proven:
             return "it does not ask for a meter: switch it on in its settings"
-        if self.last_byte:
+        if self.last_byte is not None:
             return "no frame fits: trying other serial settings; swap A and B?"
         return "nothing came: check wires A and B, adapter, the pump's settings"
 
@@ -648,20 +694,25 @@ class Line:
 
 
 # ------------------- Listen first: the heat pump's serial settings --------------------
-PATIENCE = 20  # s of bursts that do not fit until the settings of the block are left
-STRAY = 60  # s after which another burst that does not fit is no continuation
-SILENCE = 60  # s without a byte after which slow settings are left
-ALL_HEARING = 19200  # bit/s; below that, nothing is heard of what is sent much faster
+# A misfit is a burst of bytes without a good frame. One is enough to give up serial
+# settings on trial; the configured ones are given up when misfits come for PATIENCE.
+PATIENCE = 20  # s
+STRAY = 60  # s between two misfits, after which the first was only stray noise
+# A UART that listens much slower than the other end speaks hears nothing at all. So
+# silence means that nobody speaks only from HEARS_ALL on; below, it is given SILENCE.
+HEARS_ALL = 19200  # bit/s
+SILENCE = 60  # s
 
 
 class NoParityError(OSError):
     """The adapter cannot do the parity that it was opened with."""
 
 
-def check_parity(port):
+def turn_on_parity_check(port):
     """Let the kernel check each byte's parity, which pyserial's open turns off.
 
-    Raises NoParityError where the port has none: it may take the setting silently.
+    Otherwise frames with the wrong parity would look good. Raises NoParityError where
+    the port has none: a pseudo terminal takes the setting silently, and drops it.
     """
     iflag, oflag, cflag, *more = termios.tcgetattr(port.fd)
     if port.parity != "N" and not cflag & termios.PARENB:
@@ -671,7 +722,7 @@ def check_parity(port):
 
 
 def open_port(settings):
-    """Return the adapter, opened with some serial settings and no other program's.
+    """Return the adapter, opened with some serial settings and for us alone.
 
     Raises NoParityError where it has no parity; else OSError or termios.error.
     """
@@ -679,12 +730,12 @@ def open_port(settings):
     try:
         port = serial.Serial(serial_port, exclusive=True, timeout=PAUSE, **arguments)
     except termios.error as error:  # (number, text)
-        if settings.parity != "N" and error.args[0] == errno.EINVAL:
+        if settings.parity != "N" and error.args[0] == errno.EINVAL:  # by the driver
             raise NoParityError(*error.args) from error
         raise
     try:
-        check_parity(port)
-        port.reset_input_buffer()  # what came before that may have another parity
+        turn_on_parity_check(port)
+        port.reset_input_buffer()  # what came before was not checked
     except Exception:
         port.close()
         raise
@@ -692,39 +743,42 @@ def open_port(settings):
 
 
 def hear_burst(port, line):
-    """Return whether bytes came, until a PAUSE; it ends early if they prove all."""
+    """Hear what comes until a PAUSE, and return whether anything came.
+
+    It ends early when the settings are proven, or when noise has no pause.
+    """
     any_came = False
     while first_byte := port.read():  # b"" after a PAUSE
         data = first_byte + port.read(port.in_waiting)
-        any_came = True
         log.debug("recv: %s at %s", " ".join(map(hex, data)), line.settings)
         line.hear(data)
-        if line.proven or len(line.left) == MAX_FRAME:  # noise may have no pause
+        any_came = True
+        if line.proven or len(line.left) >= MAX_FRAME:
             break
     return any_came
 
 
 def listen(port, line):
-    """Return when what comes proves the serial settings, or shows them wrong."""
-    on_trial = line.settings != line.own
-    misfits = []  # s, the times of the bursts in a row that had no good frame
+    """Listen until the line's serial settings are proven, given up, or a stop."""
+    is_slow = line.settings.baudrate < HEARS_ALL
+    is_on_trial = line.settings != line.configured
+    first_misfit = last_misfit = None  # s, of those in a row
     last_burst = now()
-    hear_burst(port, line)  # one that began before the port was open tells nothing
+    hear_burst(port, line)  # of one that began before the opening, a part is missing
     while not line.proven and not stop.is_set():
-        good_before = line.good_frames
+        good_frames = line.good_frames
         if not hear_burst(port, line):
-            is_deaf = line.settings.baudrate < ALL_HEARING
-            if is_deaf and now() - last_burst >= SILENCE:
+            if is_slow and now() - last_burst >= SILENCE:
                 return
             continue
         last_burst = now()
-        if line.good_frames > good_before:
-            misfits = []
+        if line.good_frames > good_frames:
+            last_misfit = None
             continue
-        if misfits and now() - misfits[-1] > STRAY:
-            misfits = []
-        misfits.append(now())
-        if on_trial or misfits[-1] - misfits[0] >= PATIENCE:
+        if last_misfit is None or now() - last_misfit > STRAY:
+            first_misfit = now()
+        last_misfit = now()
+        if is_on_trial or last_misfit - first_misfit >= PATIENCE:
             return
 
 
@@ -737,75 +791,80 @@ def search(line):
         try:
             port = open_port(line.settings)
         except NoParityError:
-            what = f"the adapter {serial_port} has no parity: a heat pump with even or "
-            what += "odd parity needs another one (on a Raspberry Pi the full UART: "
-            what += "dtoverlay=disable-bt)"
-            say("parity", log.warning, what)
+            text = (
+                f"the adapter {serial_port} has no parity: a heat pump with even or odd "
+                "parity needs another one (on a Raspberry Pi the full UART: "
+                "dtoverlay=disable-bt)"
+            )
+            say("parity", log.warning, text)
             line.try_next_settings()
             continue
         line.note_open()
         try:
             listen(port, line)
-        except OSError as error:
-            raise OSError(errno.ENODEV, "the adapter got lost") from error
+        except OSError as error:  # of pyserial, mostly without a number
+            raise OSError(errno.ENODEV, "lost") from error
         finally:
             port.close()
         if line.proven:
-            if line.settings != line.own:
-                what = 'set baudrate = {}, parity = "{}", stopbits = {}'
-                what = what.format(*line.settings)
-                log.info("the heat pump speaks %s: %s", line.settings, what)
-            return
-        line.try_next_settings()
+            break
+        if not stop.is_set():
+            line.try_next_settings()
+    if line.proven and line.settings != line.configured:
+        text = 'set baudrate = {}, parity = "{}", stopbits = {}'.format(*line.settings)
+        log.info("the heat pump speaks %s: %s", line.settings, text)
 
 
 # ----------------------------- Then serve: bytes to answers ---------------------------
 class Handler(ServerRequestHandler):
-    """What a server does with the bytes of its line.
+    """pymodbus's handler of a line, of which only reading and writing bytes is kept.
 
-    pymodbus's own handler forgets a request when one more byte follows it, loses
-    those behind the frames of others, and answers what others are asked.
+    Its own way to requests forgets one when a byte follows it, loses those behind the
+    frames of others, and answers what others are asked (pymodbus 3.16.1, which
+    requirements.txt pins, since this class stands on its inside).
     """
 
     def __init__(self, server, meter, line):
-        traces = (server.trace_packet, server.trace_pdu, server.trace_connect)
-        super().__init__(server, *traces)
-        self.max_buffer_size = 1024  # bytes, a read's; pymodbus drops one of over 264
+        super().__init__(server, None, None, None)  # without its traces
+        self.max_buffer_size = 1024  # bytes, a read's; pymodbus drops reads beyond this
         self.meter = meter
         self.line = line
         self.sent = b""  # our last frame
 
     def callback_connected(self):
         """Begin to serve; pymodbus calls this when the adapter is open."""
-        asyncio.create_task(self.end_server())
-        with suppress(OSError, termios.error):  # pulled: end_server() will see it
-            check_parity(self.transport.sync_serial)
+        self.end = asyncio.create_task(self.end_server())
         self.line.note_open()
-        self.answer()  # the request that proved the settings
+        if now() - self.line.last_byte < PAUSE:  # the request that proved the settings
+            self.answer_request()
 
     async def end_server(self):
         """End the server at a stop, or when the adapter is lost."""
         while self.is_active() and not stop.is_set():
             await asyncio.sleep(TICK)
-        await ServerAsyncStop()
+        await self.server.shutdown()
 
     def callback_data(self, data, addr=None):
-        """Take all bytes that came; answer if the last frame in them asks us."""
+        """Take bytes that came; pymodbus calls this for each read."""
         self.line.hear(data)
-        self.answer()
+        self.answer_request()
         return len(data)
 
     def send(self, data, addr=None):
-        """Send a frame of ours, and keep it to know its echo."""
+        """Send a frame, and keep it to know its echo; all that is sent goes through."""
         self.sent = data
         super().send(data, addr)
 
-    def answer(self):
+    def answer_request(self):
         """Answer the line's request, if there is one."""
-        request, self.line.request = self.line.request, None
-        # Our own answer, echoed by an adapter, may begin like a request (first_frame()).
-        if request is None or self.sent.startswith(request.data):
-            return
+        request = self.line.request
+        self.line.request = None
+        # The first 8 bytes of our own answer can look like one: see first_frame().
+        if request is not None and not self.sent.startswith(request.data):
+            self.task = asyncio.create_task(self.answer(request))
+
+    async def answer(self, request):
+        """Answer a Frame that asks us: from the datastore, or with an exception."""
         self.meter.drop_old_value()  # so that not even one answer shows it
         code = refusal(request.pdu)
         if code:
@@ -814,53 +873,60 @@ class Handler(ServerRequestHandler):
             return
         if request.function == READ:
             self.line.note_read()
-        self.last_pdu = self.framer.decoder.decode(request.pdu)
-        self.last_pdu.dev_id = unit_id
-        asyncio.create_task(self.handle_request())  # pymodbus's: it answers last_pdu
+        pdu = self.framer.decoder.decode(request.pdu)
+        response = await pdu.datastore_update(self.server.context, unit_id)
+        response.dev_id = unit_id
+        self.pdu_send(response)
 
 
 def run_server(meter, line):
     """Serve the meter until a stop.
 
-    Raises OSError or termios.error when the adapter cannot be opened or gets lost.
+    Raises OSError, RuntimeError or termios.error when the adapter cannot be opened or
+    gets lost.
     """
-    open_port(line.settings).close()  # pymodbus would not tell what is wrong with it
+    open_port(line.settings).close()  # pymodbus would not tell why it cannot open it
     meter.show_baudrate(line.settings.baudrate)
-    StartSerialServer(meter, port=serial_port, **line.settings._asdict())
-    if not stop.is_set():
-        raise OSError(errno.ENODEV, "the adapter got lost")
-
-
-def adapter_fault(error):
-    """Return what is wrong with the adapter and what to do, for an error of an open."""
-    code = error.args[0]
-    if isinstance(error, NoParityError):
-        return "has no parity", "the heat pump's serial settings need one"
-    if code in (errno.ENOENT, errno.ENODEV):
-        plugged_in = ", ".join(sorted(glob.glob("/dev/serial/by-id/*")))
-        return "is not there", f"plugged in: {plugged_in or 'none with USB'}"
-    if code == errno.EAGAIN:
-        hint = "a second powermeter.py? See: screen -ls, systemctl status powermeter"
-        return "is in use by another program", hint
-    if code == errno.EACCES:
-        try:
-            group = grp.getgrgid(os.stat(serial_port).st_gid).gr_name
-        except (KeyError, OSError):
-            group = "of the device"
-        if group == "tty":
-            return "may not be opened", "a serial console has it: switch that off"
-        return "may not be opened", f"add your user to the group {group}"
-    return f"fails: {error.args[-1]}", "is it a serial adapter?"
-
-
-def serve(meter, line):
-    """Search the serial settings and then serve with them, until a stop."""
 
     def new_handler(server):
         return Handler(server, meter, line)
 
-    # The method by which pymodbus's server makes a handler: now it makes ours.
+    # StartSerialServer makes a ModbusSerialServer, which makes its handler by this.
     ModbusSerialServer.callback_new_connection = new_handler
+    StartSerialServer(meter, port=serial_port, **line.settings._asdict())
+    if not stop.is_set():
+        raise OSError(errno.ENODEV, "lost")
+
+
+def adapter_fault(error):
+    """Return (what is wrong with the adapter, what to do) for an error."""
+    if isinstance(error, NoParityError):
+        return "has no parity", "the heat pump's serial settings need one"
+    number = getattr(error, "errno", None)  # termios.error and RuntimeError have none
+    if number in (errno.ENOENT, errno.ENODEV):
+        plugged_in = ", ".join(sorted(glob.glob("/dev/serial/by-id/*")))
+        return "is not there", f"plugged in: {plugged_in or 'none with USB'}"
+    if number == errno.EAGAIN:
+        hint = "a second powermeter.py? See: screen -ls, systemctl status powermeter"
+        return "is in use by another program", hint
+    if number == errno.EACCES:
+        group = device_group()
+        if group == "tty":
+            return "may not be opened", "a serial console has it: switch that off"
+        return "may not be opened", f"add your user to the group {group}"
+    return f"fails: {error}", "is it a serial adapter?"
+
+
+def device_group():
+    """Return the group of the adapter's device, whose users may open it."""
+    try:
+        return grp.getgrgid(os.stat(serial_port).st_gid).gr_name
+    except (KeyError, OSError):  # a group without a name; pulled in this moment
+        return "dialout"
+
+
+def serve(meter, line):
+    """Search the serial settings, then serve with them, until a stop."""
     while not stop.is_set():
         try:
             if not line.proven:
@@ -869,36 +935,51 @@ def serve(meter, line):
                 run_server(meter, line)
         except (OSError, RuntimeError, termios.error) as error:
             fault, hint = adapter_fault(error)
-            line.note_fault(is_taken=error.args[0] == errno.EAGAIN)
-            what = f"the adapter {serial_port} {fault}: trying every second ({hint})"
-            say("adapter", log.warning, what)
+            line.note_fault(is_taken=getattr(error, "errno", None) == errno.EAGAIN)
+            text = f"the adapter {serial_port} {fault}: trying every second ({hint})"
+            say("adapter", log.warning, text)
             sleep(1)
 
 
 # ------------------------------- What is due by time ----------------------------------
-def look_after(broker, line):
-    """Do what is due by time, each TICK until a stop: a thread of its own."""
+def look_after(broker, meter, line):
+    """Do what is due by time, each TICK until a stop; a thread of its own."""
     reported = now()
     while not stop.is_set():
         try:
-            broker.loop_start()  # starts paho's thread, also where an error has ended it
-            broker.meter.drop_old_value()
+            broker.loop_start()  # paho ignores it, unless an error has ended its thread
+            meter.drop_old_value()
             broker.doubt_topic()
             is_read = line.is_read()
-            if not line.is_taken:  # who has the adapter, has the status
+            if not line.is_taken:  # who has the adapter, publishes the status
                 broker.publish_status("online" if is_read else "no heat pump")
             if is_read:
-                what = f"the heat pump reads the meter, unit {unit_id}"
-                say("heat pump", log.info, what)
-            elif line.is_quiet():
-                what = f"the heat pump has not read for {READ_TIMEOUT} s: "
-                say("heat pump", log.warning, what + line.diagnosis())
+                text = f"the heat pump reads the meter, unit {unit_id}"
+                say("heat pump", log.info, text)
+            elif line.waits_in_vain():
+                text = f"the heat pump has not read for {READ_TIMEOUT} s: "
+                say("heat pump", log.warning, text + line.diagnosis())
             if now() - reported >= REPORT_EVERY:
                 reported = now()
-                log.info("%s; %s", broker.meter.report(), line.report())
+                log.info("%s; %s", meter.report(), line.report())
         except Exception as error:  # noqa: BLE001, all else has to go on
             say("error", log.exception, f"going on after an error: {error!r}")
         sleep(TICK)
+
+
+def start_log():
+    """Write the log to the terminal, by a thread of its own.
+
+    Ctrl-S in a terminal holds up whoever writes to it: now that is only this thread,
+    and when its queue is full, lines are dropped.
+    """
+    lines = queue.Queue(1000)
+    layout = "%(asctime)s %(levelname)s %(message)s"
+    QueueListener(lines, logging.StreamHandler(sys.stdout)).start()
+    logging.basicConfig(level=log_level, handlers=[QueueHandler(lines)], format=layout)
+    logging.raiseExceptions = False  # else each dropped line prints a traceback
+    # At a pulled adapter pymodbus logs errors of its own, beside our line that says it.
+    logging.getLogger("pymodbus.logging").disabled = log_level != "DEBUG"
 
 
 def main():
@@ -906,20 +987,16 @@ def main():
     check_settings()
     for number in (signal.SIGINT, signal.SIGTERM):  # KeyboardInterrupt could get lost
         signal.signal(number, lambda *_: stop.set())
-    # Thanks to a queue, Ctrl-S stops only the listener; a full queue drops lines.
-    lines, layout = queue.Queue(1000), "%(asctime)s %(levelname)s %(message)s"
-    QueueListener(lines, logging.StreamHandler(sys.stdout)).start()
-    logging.basicConfig(level=log_level, handlers=[QueueHandler(lines)], format=layout)
-    logging.raiseExceptions = False  # else each dropped line prints a traceback
-    logging.getLogger("pymodbus.logging").disabled = log_level != "DEBUG"
+    start_log()
     log.info("powermeter.py starts")
     meter = Meter()
     broker = Broker(meter)
     line = Line()
-    watch = threading.Thread(target=look_after, args=(broker, line), daemon=True)
+    parts = (broker, meter, line)
+    watch = threading.Thread(target=look_after, args=parts, daemon=True)
     watch.start()
     serve(meter, line)
-    watch.join(1)
+    watch.join(1)  # s; it would publish the status again
     broker.say_goodbye()
     sleep(0.5)  # for the threads to send and write what is left
     os._exit(0)  # a stopped terminal would hold up a normal end for ever
