@@ -64,7 +64,7 @@ TICK = 0.2  # s between two looks at what is due
 REPORT_EVERY = 60  # s between two lines on how all is going
 now = partial(clock_gettime, CLOCK_BOOTTIME)  # s, goes on while a computer sleeps
 log = logging.getLogger("powermeter")
-stop = threading.Event()  # set by Ctrl-C and SIGTERM; then each thread ends
+stop = threading.Event()  # set by Ctrl-C and SIGTERM; each loop looks at it
 last_said = {}  # subject: the last line that say() wrote on it
 
 
@@ -104,7 +104,8 @@ def is_host(value):
     if value.count(":") == 1:  # a name with a port; an IPv6 address has more colons
         return False
     labels = value.removesuffix(".").split(".")
-    # The look-up of others raises UnicodeError, which would end paho's thread.
+    # A label of another length makes the look-up raise UnicodeError, not OSError, which
+    # would end paho's thread.
     return all(1 <= len(label) <= 63 for label in labels)
 
 
@@ -177,36 +178,38 @@ SETTINGS = (  # name, test, what it may be
 def check_settings():
     """End the script with status 2 and one line where a setting cannot work."""
     for name, can_work, allowed in SETTINGS:
-        value = globals().get(name)
+        if name in globals() and can_work(globals()[name]):
+            continue
         if name not in globals():
             fault = "is missing"
-        elif can_work(value):
-            continue
         elif name == "mqtt_password":
             fault = "cannot work"  # a password is never shown
         else:
-            fault = f"= {value!r} cannot work"
+            fault = f"= {globals()[name]!r} cannot work"
         print(f"{name} {fault}, it may be: {allowed}", file=sys.stderr)
         sys.exit(2)
 
 
 # ------------------- The meter: Saia-Burgess ALE3, datasheet 26-527 -------------------
-VOLTAGE, MAX_WATTS = 230, 327670  # V, W; R51 holds at most 32767 times 10 W
-REGISTERS, MAX_COUNT = 52, 20  # R1 to R52, wire addresses 0 to 51; at most in a read
-READ, WRITE = 3, 16  # its function codes: Read Holding and Write Multiple Registers
+VOLTAGE = 230  # V
+MAX_WATTS = 327670  # W; R51 holds at most 32767 times 10 W
+REGISTERS = 52  # R1 to R52 at the wire addresses 0 to 51
+MAX_READ = 20  # registers in one read
+READ = 3  # function code of Read Holding Registers
+WRITE = 16  # function code of Write Multiple Registers
 RESETTABLE = ((29, 2), (33, 2))  # wire address and count of R30-31 and R34-35
 
 
-def signed(number):
-    """Return a number from -32768 to 32767 as a register holds it."""
+def as_register(number):
+    """Return a number from -32768 to 32767 as a register of 16 bits holds it."""
     return number & 0xFFFF
 
 
 def meter_registers(watts, rate):
-    """Return R1 to R52 (16 bits each) for a rest power in W and a baudrate in bit/s."""
+    """Return R1 to R52 for a rest power in W and a baudrate in bit/s."""
     current = round(abs(watts) / 3 / VOLTAGE * 10)  # 0.1 A per phase
-    power = signed(surplus_sign * round(watts / 30))  # 10 W per phase
-    total = signed(surplus_sign * round(watts / 10))  # 10 W
+    power = as_register(surplus_sign * round(watts / 30))  # 10 W per phase
+    total = as_register(surplus_sign * round(watts / 10))  # 10 W
     phase = (VOLTAGE, current, power, 0, 100)  # V, 0.1 A, 10 W, 10 var, cos phi in 0.01
     return [
         *(11, REGISTERS, 0),  # R1-3 firmware version 1.1, number of registers, of flags
@@ -222,11 +225,14 @@ def meter_registers(watts, rate):
 
 
 def refusal(pdu):
-    """Return the exception code for a request (its function code first), or None."""
+    """Return the exception code for a request (its function code first), or None.
+
+    A READ has its 5 bytes, see first_frame(); a WRITE can be of any length.
+    """
     function = pdu[0]
     if function == READ:
-        wire_address, count = struct.unpack(">HH", pdu[1:])  # it comes whole
-        fits = 1 <= count <= MAX_COUNT and wire_address + count <= REGISTERS
+        wire_address, count = struct.unpack(">HH", pdu[1:])
+        fits = 1 <= count <= MAX_READ and wire_address + count <= REGISTERS
         return None if fits else ExcCodes.ILLEGAL_ADDRESS  # the datasheet's code
     if function != WRITE:
         return ExcCodes.ILLEGAL_FUNCTION
@@ -247,11 +253,13 @@ class Meter(SimDevice):
     """pymodbus's datastore: paho's thread writes it, pymodbus's server reads it."""
 
     def __init__(self):
-        super().__init__(unit_id, SimData(0, REGISTERS, datatype=DataType.REGISTERS))
-        # What a server gets: address of the first register, registers, their types.
+        everything = SimData(address=0, count=REGISTERS, datatype=DataType.REGISTERS)
+        super().__init__(unit_id, everything)
+        # What a server works with: first address, list of registers, their types. It
+        # copies none of them: what is written to this list, is what is read.
         self.built = super().build_device()
         _first, self.registers, _types = self.built
-        self.lock = threading.Lock()  # whoever writes the registers, holds it
+        self.lock = threading.Lock()  # our own threads hold it when they write
         self.watts = None  # W, the last rest power; None = none that can be trusted
         self.arrival = now()  # s, when that came
         self.is_too_old = False  # whether 0 W is served instead
@@ -259,11 +267,11 @@ class Meter(SimDevice):
         self.write_registers()
 
     def build_device(self):
-        """Give each new server, as after a pulled adapter, the registers of the last."""
+        """Give pymodbus the same list for each server, as after a pulled adapter."""
         return self.built
 
     def write_registers(self):
-        """Show the present rest power, or 0 W, in the registers."""
+        """Show the rest power, or 0 W, in the registers; the caller has the lock."""
         watts = 0.0 if self.watts is None or self.is_too_old else self.watts
         # One assignment, as a read is one slice: it sees all old or all new ones.
         self.registers[:REGISTERS] = meter_registers(watts, self.baudrate)
@@ -279,8 +287,8 @@ class Meter(SimDevice):
     def drop_old_value(self):
         """Serve 0 W from now on if the rest power has become older than max_age."""
         with self.lock:
-            is_old = max_age > 0 and now() - self.arrival > max_age
-            if self.is_too_old or not is_old:
+            age = now() - self.arrival
+            if max_age == 0 or age <= max_age or self.is_too_old:
                 return
             self.is_too_old = True
             self.write_registers()
@@ -295,10 +303,11 @@ class Meter(SimDevice):
     def report(self):
         """Return which power is served, and why."""
         with self.lock:
-            watts, age = self.watts, now() - self.arrival
+            watts, is_too_old = self.watts, self.is_too_old
+            age = now() - self.arrival
         if watts is None:
             return "serving 0 W, as there is no rest power"
-        if self.is_too_old:
+        if is_too_old:
             return f"serving 0 W, as {watts:g} W are {age:.0f} s old"
         return f"serving {watts:g} W, {age:.0f} s old"
 
@@ -341,7 +350,7 @@ class Broker(Client):
         self.subscribed = None  # s, when the topic was subscribed; None = not yet
         self.has_message = False  # whether any message came
         self.has_status = False  # whether any status was published
-        self.is_news = True  # whether the next rest power is logged at INFO
+        self.is_news_next = True  # whether the next rest power is logged at INFO
         self.last_bad = None  # the text of the last message, if that was no rest power
         self.reconnect_delay_set(1, 10)  # s between two tries
         self.username_pw_set(str(mqtt_username) or None, str(mqtt_password) or None)
@@ -354,49 +363,51 @@ class Broker(Client):
         self.connect_async(mqtt_server, mqtt_port, keepalive=10)  # s
 
     def may_be_old(self, message, watts):
-        """Return whether a message may be one that the broker has kept, of any age.
-
-        Such a message comes first after a login. Most brokers flag it as retained. Some
-        do not: then it is mostly the value that the meter has. Some flag live values as
-        well. And ioBroker sends it again 2 s after the login.
-        """
-        is_first = self.is_first
-        self.is_first = False
-        if max_age == 0:
+        """Return whether a message may be one that the broker has kept, of any age."""
+        if max_age == 0:  # then any age will do
             return False
-        if is_first:
-            is_known = watts is not None and watts == self.meter.watts
-            return message.retain or is_known
+        if self.is_first:  # after a login a kept message is the first
+            if message.retain:  # as most brokers flag it
+                return True
+            # FHEM and others do not. Mostly it is the value that the meter has already.
+            return watts is not None and watts == self.meter.watts
+        # ioBroker sends it again, 2 s after the login.
         if self.doubted is None or now() - self.login_time > SETTLING:
             return False
-        is_same = message.payload == self.doubted.payload
-        return is_same and (message.retain or not self.doubted.retain)
+        if self.doubted.retain and not message.retain:  # so this broker flags only it
+            return False
+        return message.payload == self.doubted.payload
 
     def on_rest_power(self, _client, _userdata, message):
         """Take the rest power into the meter; 0 W where it cannot be trusted."""
-        self.has_message = True
         text = message.payload.decode(errors="replace")
         watts, fault = rest_power(text)
-        if self.may_be_old(message, watts):
+        is_old = self.may_be_old(message, watts)
+        self.is_first = False
+        self.has_message = True
+        if is_old:
             if self.doubted is None:
                 kept = "may be an old value that was kept: waiting for the next one"
                 log.info("%a %s", text[:80], kept)
             self.doubted = message
             return
         self.doubted = None
-        was_quiet = now() - self.meter.arrival > NEWS_AFTER
-        is_news = self.is_news or self.meter.is_too_old or was_quiet
+        is_news = self.is_news()
         self.meter.take(watts)
         if fault:
             if text != self.last_bad:
                 log.error("%a %s: serving 0 W until one comes", text[:80], fault)
             self.last_bad = text
-            self.is_news = True
         else:
             level = logging.INFO if is_news else logging.DEBUG
             log.log(level, "rest power %g W: %d W per phase", watts, round(watts / 3))
             self.last_bad = None
-            self.is_news = False
+        self.is_news_next = fault != ""
+
+    def is_news(self):
+        """Return whether a rest power that has just come is logged at INFO."""
+        was_quiet = now() - self.meter.arrival > NEWS_AFTER
+        return self.is_news_next or self.meter.is_too_old or was_quiet
 
     def on_pre_connect(self, _client, _userdata):
         """Begin a login."""
@@ -414,7 +425,7 @@ class Broker(Client):
         self.login_time = now()
         self.is_first = True
         self.doubted = None
-        self.is_news = True
+        self.is_news_next = True
         self.last_status = ""  # so that look_after() publishes it
         self.subscribe(topic)
 
@@ -447,14 +458,14 @@ class Broker(Client):
 
     def on_disconnect(self, _client, _userdata, _flags, reason, _properties):
         """Say that the broker closed the connection, unless it refused the login."""
-        if not reason.is_failure:  # it was closed here
+        was_closed_here = not reason.is_failure
+        was_refused = self.login is not None and self.login.is_failure
+        if was_closed_here or was_refused:
             return
-        if self.login is None:
-            what = "check mqtt_port and mqtt_tls"
-            say("broker", log.warning, f"{self.name} closed the connection: {what}")
-        elif not self.login.is_failure:
-            what = "connecting again"
-            say("broker", log.warning, f"{self.name} closed the connection: {what}")
+        hint = "check mqtt_port and mqtt_tls"
+        if self.login is not None:
+            hint = "connecting again"
+        say("broker", log.warning, f"{self.name} closed the connection: {hint}")
 
     def doubt_topic(self):
         """Say it if nothing at all has come on the topic since the start."""
@@ -479,8 +490,8 @@ class Broker(Client):
             self.publish(status_topic, status, retain=True)
 
     def say_goodbye(self):
-        """Log off, with "offline" where a status was published."""
-        if self.has_status:
+        """Log off, with "offline" as the last status."""
+        if self.has_status:  # a second script, which never had the adapter, has none
             self.publish(status_topic, "offline", retain=True)
         self.disconnect()
 
@@ -492,23 +503,27 @@ READ_TIMEOUT = 60  # s without a read after which the heat pump counts as not re
 
 
 class Frame(NamedTuple):
-    """A whole frame with a good CRC: unit id, function code, data and CRC."""
+    """A whole frame with a good CRC."""
 
-    data: bytes
+    raw: bytes  # unit id, function code, data and CRC
     is_answer: bool
 
     @property
     def unit(self):
-        return self.data[0]
+        return self.raw[0]
 
     @property
     def function(self):
-        return self.data[1]
+        return self.raw[1]
 
     @property
     def pdu(self):
         """The function code and its data: what is the same on any kind of Modbus."""
-        return self.data[1:-2]
+        return self.raw[1:-2]
+
+    @property
+    def asks_us(self):
+        return self.unit == unit_id and not self.is_answer
 
 
 def has_good_crc(data):
@@ -521,10 +536,11 @@ def first_frame(data):
     function, third = data[1], data[2]
     candidates = []  # (size in bytes, whether it is an answer), in order
     if function in (1, 2, 3, 4):
-        # In an answer, third is the number of its data bytes; no answer has 0, and one
-        # with 3 is as long as a request and taken for one. Answers go first: where the
-        # last byte is 0, the CRC is good without it too, so 8 bytes of an answer with
-        # 9, such as our own that an adapter echoes, look like a whole request.
+        # third is the high byte of a request's address, or how many data bytes an answer
+        # has. That is never 0, and with 3 an answer has 8 bytes and is taken for a
+        # request. Else the answer is tried first: one of 9 bytes that ends in 00 has a
+        # good CRC without that byte as well, so its first 8 look like a request. (If
+        # only 8 have come yet, Handler.callback_data() knows our own by what it sent.)
         if third not in (0, 3):
             candidates.append((5 + third, True))
         candidates.append((8, False))
@@ -545,7 +561,8 @@ def first_frame(data):
 def is_request_of_unknown_size(data):
     """Return whether data as a whole are a request to us whose size nothing tells.
 
-    That is any of functions 7 to 127, also a WRITE that is no whole one.
+    That is any of functions 7 to 127 (a whole WRITE is found before). Such a request
+    gets its exception, and the diagnosis can name it.
     """
     if not MIN_FRAME <= len(data) <= MAX_FRAME or data[0] != unit_id:
         return False
@@ -553,9 +570,9 @@ def is_request_of_unknown_size(data):
 
 
 def find_frames(data):
-    """Return a list of all Frames in data, and at most MAX_FRAME bytes behind them.
+    """Return a list of all Frames in data, and the bytes left behind the last one.
 
-    These may be the beginning of a frame, maybe with noise before it.
+    These may be noise and the beginning of a frame: the last MAX_FRAME of them are kept.
     """
     frames = []
     start = 0  # where a frame may begin
@@ -564,7 +581,7 @@ def find_frames(data):
         frame = first_frame(data[start : start + MAX_FRAME])
         if frame:
             frames.append(frame)
-            start += len(frame.data)
+            start += len(frame.raw)
             behind_last = start
         else:
             start += 1  # noise may come before a frame
@@ -599,12 +616,12 @@ class Line:
         self.settings = self.configured  # those in use
         others = [one for one in ALL_SETTINGS if one != self.configured]
         self.to_try = cycle([*others, self.configured])  # a round ends with those
-        self.good_frames = 0  # that came with the settings in use, without exceptions
+        self.good_frames = 0  # with the settings in use; exception frames do not count
         self.proven = False  # whether those in use are right: then they stay for good
         # What came:
         self.left = b""  # bytes that belong to no frame yet
         self.last_byte = None  # s, when it came; None = never
-        self.request = None  # the last Frame that came, if it asks us
+        self.proof = None  # the Frame that proved the settings, if it asks us
         # The heat pump:
         self.last_read = None  # s, when it read the meter; None = never
         self.waiting_since = None  # s, its last read or the opening; None = not open
@@ -614,30 +631,30 @@ class Line:
         self.is_taken = False  # whether another program has the adapter
 
     def hear(self, data):
-        """Take bytes that came, and note what the frames in them say."""
+        """Take bytes that came. Return the last Frame in them if it asks us, or None."""
         if self.last_byte is not None and now() - self.last_byte > PAUSE:
             self.left = b""  # no frame has a pause in it
         self.last_byte = now()
         frames, self.left = find_frames(self.left + data)
         for frame in frames:
             self.note(frame)
+        if frames and frames[-1].asks_us:  # it is too late to answer those before
+            return frames[-1]
+        return None
 
     def note(self, frame):
         """Note what a frame says. One to us, or two good ones, prove the settings."""
-        self.request = None  # it is too late to answer one before this frame
         if frame.is_answer:
             self.answering.add(frame.unit)
-        elif frame.unit == unit_id:
-            self.request = frame
-            self.proven = True
         elif frame.function in (3, 4) and 1 <= frame.unit <= 247:
             self.asked.add(frame.unit)
         if frame.function < 0x80:  # chance makes an exception's five bytes too easily
             self.good_frames += 1
-            self.proven = self.proven or self.good_frames >= 2
+        if frame.asks_us or self.good_frames >= 2:
+            self.proven = True
 
     def try_next_settings(self):
-        """Go on to the next serial settings; say it when a round of all is over."""
+        """Go on to the next serial settings; the configured ones end a round."""
         self.settings = next(self.to_try)
         self.good_frames = 0
         self.left = b""
@@ -673,10 +690,11 @@ class Line:
     def diagnosis(self):
         """Return a sentence on why the heat pump does not read."""
         if self.last_read is not None:
-            return "it stopped asking: is it on, are all wires in?"
+            hint = "(Serial settings are searched only at the start.)"
+            return f"it stopped asking: is it on, are all wires in? {hint}"
         if self.refused is not None:
             return f"the meter refuses what it asks: {self.refused.hex(' ')}"
-        in_vain = sorted(self.asked - self.answering)
+        in_vain = sorted(self.asked - self.answering - {unit_id})
         if in_vain:
             units = " or ".join(map(str, in_vain))
             return f"other units are asked in vain: set unit_id = {units}"
@@ -694,14 +712,10 @@ class Line:
 
 
 # ------------------- Listen first: the heat pump's serial settings --------------------
-# A misfit is a burst of bytes without a good frame. One is enough to give up serial
-# settings on trial; the configured ones are given up when misfits come for PATIENCE.
-PATIENCE = 20  # s
-STRAY = 60  # s between two misfits, after which the first was only stray noise
-# A UART that listens much slower than the other end speaks hears nothing at all. So
-# silence means that nobody speaks only from HEARS_ALL on; below, it is given SILENCE.
-HEARS_ALL = 19200  # bit/s
-SILENCE = 60  # s
+PATIENCE = 20  # s of misfits that end a trial of the configured serial settings
+STRAY = 60  # s before a misfit without any bytes: then it begins a new row
+HEARS_ALL = 19200  # bit/s, at which any speed is heard as something
+SILENCE = 60  # s without any bytes that end a trial below HEARS_ALL
 
 
 class NoParityError(OSError):
@@ -711,8 +725,9 @@ class NoParityError(OSError):
 def turn_on_parity_check(port):
     """Let the kernel check each byte's parity, which pyserial's open turns off.
 
-    Otherwise frames with the wrong parity would look good. Raises NoParityError where
-    the port has none: a pseudo terminal takes the setting silently, and drops it.
+    A byte with a wrong one then arrives as 0; without it the search could not tell even
+    from odd. Raises NoParityError where the port has none: a pseudo terminal takes the
+    setting silently, and drops it.
     """
     iflag, oflag, cflag, *more = termios.tcgetattr(port.fd)
     if port.parity != "N" and not cflag & termios.PARENB:
@@ -730,7 +745,7 @@ def open_port(settings):
     try:
         port = serial.Serial(serial_port, exclusive=True, timeout=PAUSE, **arguments)
     except termios.error as error:  # (number, text)
-        if settings.parity != "N" and error.args[0] == errno.EINVAL:  # by the driver
+        if settings.parity != "N" and error.args[0] == errno.EINVAL:
             raise NoParityError(*error.args) from error
         raise
     try:
@@ -745,13 +760,13 @@ def open_port(settings):
 def hear_burst(port, line):
     """Hear what comes until a PAUSE, and return whether anything came.
 
-    It ends early when the settings are proven, or when noise has no pause.
+    It ends early when the settings are proven, or for noise that has no pause.
     """
     any_came = False
     while first_byte := port.read():  # b"" after a PAUSE
         data = first_byte + port.read(port.in_waiting)
         log.debug("recv: %s at %s", " ".join(map(hex, data)), line.settings)
-        line.hear(data)
+        line.proof = line.hear(data)
         any_came = True
         if line.proven or len(line.left) >= MAX_FRAME:
             break
@@ -759,26 +774,31 @@ def hear_burst(port, line):
 
 
 def listen(port, line):
-    """Listen until the line's serial settings are proven, given up, or a stop."""
+    """Listen until the line's serial settings are proven, given up, or a stop.
+
+    A burst without a good frame, a misfit, ends a trial at once; only the configured
+    settings get PATIENCE. Silence means that nobody speaks, and ends nothing; but a UART
+    that listens much slower than the other end speaks hears nothing at all.
+    """
     is_slow = line.settings.baudrate < HEARS_ALL
-    is_on_trial = line.settings != line.configured
-    first_misfit = last_misfit = None  # s, of those in a row
+    is_configured = line.settings == line.configured
+    misfits_since = None  # s, when the first misfit in a row came
     last_burst = now()
     hear_burst(port, line)  # of one that began before the opening, a part is missing
     while not line.proven and not stop.is_set():
-        good_frames = line.good_frames
+        frames_before = line.good_frames
         if not hear_burst(port, line):
             if is_slow and now() - last_burst >= SILENCE:
                 return
             continue
+        if line.good_frames > frames_before:
+            misfits_since = None
+        elif misfits_since is None or now() - last_burst > STRAY:
+            misfits_since = now()
         last_burst = now()
-        if line.good_frames > good_frames:
-            last_misfit = None
+        if misfits_since is None:
             continue
-        if last_misfit is None or now() - last_misfit > STRAY:
-            first_misfit = now()
-        last_misfit = now()
-        if is_on_trial or last_misfit - first_misfit >= PATIENCE:
+        if not is_configured or now() - misfits_since >= PATIENCE:
             return
 
 
@@ -802,7 +822,7 @@ def search(line):
         line.note_open()
         try:
             listen(port, line)
-        except OSError as error:  # of pyserial, mostly without a number
+        except OSError as error:  # pyserial's, in which the number is mostly missing
             raise OSError(errno.ENODEV, "lost") from error
         finally:
             port.close()
@@ -817,51 +837,56 @@ def search(line):
 
 # ----------------------------- Then serve: bytes to answers ---------------------------
 class Handler(ServerRequestHandler):
-    """pymodbus's handler of a line, of which only reading and writing bytes is kept.
+    """Our way from the bytes of the line to answers, in place of pymodbus's.
 
-    Its own way to requests forgets one when a byte follows it, loses those behind the
-    frames of others, and answers what others are asked (pymodbus 3.16.1, which
-    requirements.txt pins, since this class stands on its inside).
+    Its own forgets a request when a byte follows it, loses those behind the frames of
+    others, and answers what others are asked. This one relies on the inside of pymodbus
+    3.16.1, so requirements.txt pins that, and test_powermeter.py would show a change:
+
+    - callback_connected() is called when the adapter is open, callback_data() for each
+      read, unless that has more than max_buffer_size bytes; it returns how many it used
+    - is_active() becomes False when the adapter is lost, and server.shutdown() lets
+      StartSerialServer() return
+    - framer.decoder.decode() makes an object of a request, datastore_update() of that
+      makes a response from the server's device, and pdu_send() sends that by send()
     """
 
     def __init__(self, server, meter, line):
-        super().__init__(server, None, None, None)  # without its traces
-        self.max_buffer_size = 1024  # bytes, a read's; pymodbus drops reads beyond this
+        super().__init__(server, trace_packet=None, trace_pdu=None, trace_connect=None)
+        self.max_buffer_size = 1024  # bytes, what a read brings at most
         self.meter = meter
         self.line = line
         self.sent = b""  # our last frame
+        self.tasks = set()  # asyncio itself would not keep them
 
     def callback_connected(self):
-        """Begin to serve; pymodbus calls this when the adapter is open."""
-        self.end = asyncio.create_task(self.end_server())
+        """Begin to serve, with the request that proved the settings if it is new."""
+        self.run(self.end_server())
         self.line.note_open()
-        if now() - self.line.last_byte < PAUSE:  # the request that proved the settings
-            self.answer_request()
+        request, self.line.proof = self.line.proof, None
+        if request is not None and now() - self.line.last_byte < PAUSE:
+            self.run(self.answer(request))
+
+    def callback_data(self, data, addr=None):
+        """Take bytes that came, all of them, and answer a request."""
+        request = self.line.hear(data)
+        # The beginning of our own answer, echoed by an adapter, can look like a request,
+        # see first_frame(); a request that the datasheet knows never looks like it.
+        if request is not None and not self.sent.startswith(request.raw):
+            self.run(self.answer(request))
+        return len(data)
+
+    def run(self, coroutine):
+        """Let a coroutine run beside; asyncio logs an error in it."""
+        task = asyncio.create_task(coroutine)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     async def end_server(self):
         """End the server at a stop, or when the adapter is lost."""
         while self.is_active() and not stop.is_set():
             await asyncio.sleep(TICK)
         await self.server.shutdown()
-
-    def callback_data(self, data, addr=None):
-        """Take bytes that came; pymodbus calls this for each read."""
-        self.line.hear(data)
-        self.answer_request()
-        return len(data)
-
-    def send(self, data, addr=None):
-        """Send a frame, and keep it to know its echo; all that is sent goes through."""
-        self.sent = data
-        super().send(data, addr)
-
-    def answer_request(self):
-        """Answer the line's request, if there is one."""
-        request = self.line.request
-        self.line.request = None
-        # The first 8 bytes of our own answer can look like one: see first_frame().
-        if request is not None and not self.sent.startswith(request.data):
-            self.task = asyncio.create_task(self.answer(request))
 
     async def answer(self, request):
         """Answer a Frame that asks us: from the datastore, or with an exception."""
@@ -878,6 +903,11 @@ class Handler(ServerRequestHandler):
         response.dev_id = unit_id
         self.pdu_send(response)
 
+    def send(self, data, addr=None):
+        """Send a frame, and keep it to know its echo."""
+        self.sent = data
+        super().send(data, addr)
+
 
 def run_server(meter, line):
     """Serve the meter until a stop.
@@ -891,7 +921,8 @@ def run_server(meter, line):
     def new_handler(server):
         return Handler(server, meter, line)
 
-    # StartSerialServer makes a ModbusSerialServer, which makes its handler by this.
+    # StartSerialServer() takes no class of a server or handler. It makes a
+    # ModbusSerialServer, which makes its handler by this method.
     ModbusSerialServer.callback_new_connection = new_handler
     StartSerialServer(meter, port=serial_port, **line.settings._asdict())
     if not stop.is_set():
@@ -900,8 +931,6 @@ def run_server(meter, line):
 
 def adapter_fault(error):
     """Return (what is wrong with the adapter, what to do) for an error."""
-    if isinstance(error, NoParityError):
-        return "has no parity", "the heat pump's serial settings need one"
     number = getattr(error, "errno", None)  # termios.error and RuntimeError have none
     if number in (errno.ENOENT, errno.ENODEV):
         plugged_in = ", ".join(sorted(glob.glob("/dev/serial/by-id/*")))
@@ -947,7 +976,7 @@ def look_after(broker, meter, line):
     reported = now()
     while not stop.is_set():
         try:
-            broker.loop_start()  # paho ignores it, unless an error has ended its thread
+            broker.loop_start()  # paho's thread, if it does not run (any more)
             meter.drop_old_value()
             broker.doubt_topic()
             is_read = line.is_read()
@@ -996,7 +1025,7 @@ def main():
     watch = threading.Thread(target=look_after, args=parts, daemon=True)
     watch.start()
     serve(meter, line)
-    watch.join(1)  # s; it would publish the status again
+    watch.join(1)  # s, or it might publish another status behind "offline"
     broker.say_goodbye()
     sleep(0.5)  # for the threads to send and write what is left
     os._exit(0)  # a stopped terminal would hold up a normal end for ever
