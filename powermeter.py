@@ -64,7 +64,7 @@ TICK = 0.2  # s between two looks at what is due
 REPORT_EVERY = 60  # s between two lines on how all is going
 now = partial(clock_gettime, CLOCK_BOOTTIME)  # s, goes on while a computer sleeps
 log = logging.getLogger("powermeter")
-stop = threading.Event()  # set by Ctrl-C and SIGTERM; each loop looks at it
+stopping = False  # whether Ctrl-C or SIGTERM came; each loop looks at it
 last_said = {}  # subject: the last line that say() wrote on it
 
 
@@ -349,6 +349,7 @@ class Broker(Client):
         # Since the start:
         self.subscribed = None  # s, when the topic was subscribed; None = not yet
         self.has_message = False  # whether any message came
+        self.last_watts = None  # W, the last rest power that was taken; None = none yet
         self.has_status = False  # whether any status was published
         self.is_news_next = True  # whether the next rest power is logged at INFO
         self.last_bad = None  # the text of the last message, if that was no rest power
@@ -369,8 +370,8 @@ class Broker(Client):
         if self.is_first:  # after a login a kept message is the first
             if message.retain:  # as most brokers flag it
                 return True
-            # FHEM and others do not. Mostly it is the value that the meter has already.
-            return watts is not None and watts == self.meter.watts
+            # FHEM and others do not. Mostly it is the value that came last.
+            return watts is not None and watts == self.last_watts
         # ioBroker sends it again, 2 s after the login.
         if self.doubted is None or now() - self.login_time > SETTLING:
             return False
@@ -402,6 +403,7 @@ class Broker(Client):
             level = logging.INFO if is_news else logging.DEBUG
             log.log(level, "rest power %g W: %d W per phase", watts, round(watts / 3))
             self.last_bad = None
+            self.last_watts = watts
         self.is_news_next = fault != ""
 
     def is_news(self):
@@ -533,25 +535,27 @@ def has_good_crc(data):
 
 def first_frame(data):
     """Return the Frame that data begin with, or None; data have MIN_FRAME or more."""
-    function, third = data[1], data[2]
+    function = data[1]
     candidates = []  # (size in bytes, whether it is an answer), in order
     if function in (1, 2, 3, 4):
-        # third is the high byte of a request's address, or how many data bytes an answer
-        # has. That is never 0, and with 3 an answer has 8 bytes and is taken for a
-        # request. Else the answer is tried first: one of 9 bytes that ends in 00 has a
-        # good CRC without that byte as well, so its first 8 look like a request. (If
-        # only 8 have come yet, Handler.callback_data() knows our own by what it sent.)
-        if third not in (0, 3):
-            candidates.append((5 + third, True))
+        byte_count = data[2]  # of an answer; a request has the high byte of its address
+        # No answer has 0 data bytes. One with 3 is as long as a request: taken for one.
+        if byte_count not in (0, 3):
+            # An answer goes first: if it has 9 bytes and the last is 0, its first 8 have
+            # a good CRC too and look like a request. (Where only 8 have come yet,
+            # Handler.callback_data() knows our own answer by what it sent.)
+            candidates.append((5 + byte_count, True))
         candidates.append((8, False))
     elif function in (5, 6):
         candidates.append((8, False))  # an answer is the very same bytes
     elif function == WRITE and len(data) > 6:
-        byte_count = data[6]
+        byte_count = data[6]  # of a request
         candidates.append((8, True))
         candidates.append((9 + byte_count, False))
-    elif function > 0x80 and third < 12:  # an exception; the highest code is 11
-        candidates.append((5, True))
+    elif function > 0x80:
+        code = data[2]  # of an exception; the highest is 11
+        if code <= 11:
+            candidates.append((5, True))
     for size, is_answer in candidates:
         if size <= len(data) and has_good_crc(data[:size]):
             return Frame(data[:size], is_answer)
@@ -712,10 +716,11 @@ class Line:
 
 
 # ------------------- Listen first: the heat pump's serial settings --------------------
-PATIENCE = 20  # s of misfits that end a trial of the configured serial settings
-STRAY = 60  # s before a misfit without any bytes: then it begins a new row
-HEARS_ALL = 19200  # bit/s, at which any speed is heard as something
-SILENCE = 60  # s without any bytes that end a trial below HEARS_ALL
+PATIENCE = 20  # s of misfits, bursts without a good frame, for the configured settings
+STRAY = 60  # s without a byte, after which a misfit is the first in a row again
+BURST_LIMIT = 1  # s; noise, or a poll each 0.1 s, may have no PAUSE at all
+HEARS_ALL = 19200  # bit/s, from which on a UART hears any other speed as something
+SILENCE = 60  # s without a byte that end a trial below HEARS_ALL
 
 
 class NoParityError(OSError):
@@ -760,15 +765,16 @@ def open_port(settings):
 def hear_burst(port, line):
     """Hear what comes until a PAUSE, and return whether anything came.
 
-    It ends early when the settings are proven, or for noise that has no pause.
+    It ends early when the settings are proven, or after BURST_LIMIT.
     """
     any_came = False
+    begin = now()
     while first_byte := port.read():  # b"" after a PAUSE
         data = first_byte + port.read(port.in_waiting)
         log.debug("recv: %s at %s", " ".join(map(hex, data)), line.settings)
         line.proof = line.hear(data)
         any_came = True
-        if line.proven or len(line.left) >= MAX_FRAME:
+        if line.proven or now() - begin > BURST_LIMIT:
             break
     return any_came
 
@@ -776,29 +782,30 @@ def hear_burst(port, line):
 def listen(port, line):
     """Listen until the line's serial settings are proven, given up, or a stop.
 
-    A burst without a good frame, a misfit, ends a trial at once; only the configured
-    settings get PATIENCE. Silence means that nobody speaks, and ends nothing; but a UART
-    that listens much slower than the other end speaks hears nothing at all.
+    Settings on trial are given up at the first misfit, a burst without a good frame; the
+    configured ones when misfits have come for PATIENCE.
     """
     is_slow = line.settings.baudrate < HEARS_ALL
-    is_configured = line.settings == line.configured
+    is_on_trial = line.settings != line.configured
     misfits_since = None  # s, when the first misfit in a row came
     last_burst = now()
     hear_burst(port, line)  # of one that began before the opening, a part is missing
-    while not line.proven and not stop.is_set():
+    while not line.proven and not stopping:
         frames_before = line.good_frames
         if not hear_burst(port, line):
+            # Nobody speaks, or is_slow and the other end is too fast to be heard at all.
             if is_slow and now() - last_burst >= SILENCE:
                 return
             continue
+        silence = now() - last_burst
+        last_burst = now()
         if line.good_frames > frames_before:
             misfits_since = None
-        elif misfits_since is None or now() - last_burst > STRAY:
-            misfits_since = now()
-        last_burst = now()
-        if misfits_since is None:
             continue
-        if not is_configured or now() - misfits_since >= PATIENCE:
+        line.good_frames = 0  # noise makes one now and then: two in a row are no chance
+        if misfits_since is None or silence > STRAY:
+            misfits_since = now()
+        if is_on_trial or now() - misfits_since >= PATIENCE:
             return
 
 
@@ -807,7 +814,7 @@ def search(line):
 
     Raises OSError or termios.error when the adapter cannot be opened or gets lost.
     """
-    while not stop.is_set():
+    while not stopping:
         try:
             port = open_port(line.settings)
         except NoParityError:
@@ -828,7 +835,7 @@ def search(line):
             port.close()
         if line.proven:
             break
-        if not stop.is_set():
+        if not stopping:
             line.try_next_settings()
     if line.proven and line.settings != line.configured:
         text = 'set baudrate = {}, parity = "{}", stopbits = {}'.format(*line.settings)
@@ -884,7 +891,7 @@ class Handler(ServerRequestHandler):
 
     async def end_server(self):
         """End the server at a stop, or when the adapter is lost."""
-        while self.is_active() and not stop.is_set():
+        while self.is_active() and not stopping:
             await asyncio.sleep(TICK)
         await self.server.shutdown()
 
@@ -925,7 +932,7 @@ def run_server(meter, line):
     # ModbusSerialServer, which makes its handler by this method.
     ModbusSerialServer.callback_new_connection = new_handler
     StartSerialServer(meter, port=serial_port, **line.settings._asdict())
-    if not stop.is_set():
+    if not stopping:
         raise OSError(errno.ENODEV, "lost")
 
 
@@ -956,7 +963,7 @@ def device_group():
 
 def serve(meter, line):
     """Search the serial settings, then serve with them, until a stop."""
-    while not stop.is_set():
+    while not stopping:
         try:
             if not line.proven:
                 search(line)
@@ -974,7 +981,7 @@ def serve(meter, line):
 def look_after(broker, meter, line):
     """Do what is due by time, each TICK until a stop; a thread of its own."""
     reported = now()
-    while not stop.is_set():
+    while not stopping:
         try:
             broker.loop_start()  # paho's thread, if it does not run (any more)
             meter.drop_old_value()
@@ -996,6 +1003,12 @@ def look_after(broker, meter, line):
         sleep(TICK)
 
 
+def ask_to_stop(_number, _frame):
+    """Ask all loops to end; the handler of SIGINT and SIGTERM."""
+    global stopping
+    stopping = True
+
+
 def start_log():
     """Write the log to the terminal, by a thread of its own.
 
@@ -1015,7 +1028,7 @@ def main():
     """Carry the value from the broker to the line, until Ctrl-C or SIGTERM."""
     check_settings()
     for number in (signal.SIGINT, signal.SIGTERM):  # KeyboardInterrupt could get lost
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, ask_to_stop)
     start_log()
     log.info("powermeter.py starts")
     meter = Meter()
