@@ -45,6 +45,7 @@ import struct
 import sys
 import termios
 import threading
+from enum import Enum
 from functools import partial
 from itertools import cycle
 from logging.handlers import QueueHandler, QueueListener
@@ -367,20 +368,36 @@ class Broker(Client):
         """Return whether a message may be one that the broker has kept, of any age."""
         if max_age == 0:  # then any age will do
             return False
-        if self.is_first:  # after a login a kept message is the first
-            if message.retain:  # as most brokers flag it
-                return True
-            # FHEM and others do not. Mostly it is the value that came last.
-            return watts is not None and watts == self.last_watts
-        # ioBroker sends it again, 2 s after the login.
+        if self.is_first:
+            return self.first_may_be_kept(message, watts)
+        return self.is_doubted_again(message)
+
+    def first_may_be_kept(self, message, watts):
+        """Return whether the first message after a login may be a kept one.
+
+        Most brokers flag it as retained. FHEM and others do not: then it is mostly the
+        value that came last. (Nothing tells it where none came yet: it is taken.)
+        """
+        if message.retain:
+            return True
+        return watts is not None and watts == self.last_watts
+
+    def is_doubted_again(self, message):
+        """Return whether a message is the kept one once more.
+
+        ioBroker sends it again 2 s after the login. It flags live values as well, or
+        none, as it is set; a broker that flags only kept ones does not send it again.
+        """
         if self.doubted is None or now() - self.login_time > SETTLING:
             return False
-        if self.doubted.retain and not message.retain:  # so this broker flags only it
-            return False
-        return message.payload == self.doubted.payload
+        flags_only_kept = self.doubted.retain and not message.retain
+        return message.payload == self.doubted.payload and not flags_only_kept
 
     def on_rest_power(self, _client, _userdata, message):
-        """Take the rest power into the meter; 0 W where it cannot be trusted."""
+        """Take the rest power into the meter, or 0 W for what is none.
+
+        One that may be old changes nothing: the meter goes on with what it has.
+        """
         text = message.payload.decode(errors="replace")
         watts, fault = rest_power(text)
         is_old = self.may_be_old(message, watts)
@@ -393,7 +410,7 @@ class Broker(Client):
             self.doubted = message
             return
         self.doubted = None
-        is_news = self.is_news()
+        is_news = self.is_news()  # by the value before this one
         self.meter.take(watts)
         if fault:
             if text != self.last_bad:
@@ -460,7 +477,7 @@ class Broker(Client):
 
     def on_disconnect(self, _client, _userdata, _flags, reason, _properties):
         """Say that the broker closed the connection, unless it refused the login."""
-        was_closed_here = not reason.is_failure
+        was_closed_here = not reason.is_failure  # paho's word for our disconnect()
         was_refused = self.login is not None and self.login.is_failure
         if was_closed_here or was_refused:
             return
@@ -529,34 +546,36 @@ class Frame(NamedTuple):
 
 
 def has_good_crc(data):
-    """Return whether data end with their CRC: the CRC of both is 0."""
+    """Return whether data end with their CRC: then the CRC over all of it is 0."""
     return FramerRTU.compute_CRC(data) == 0
+
+
+def possible_frames(data):
+    """Return (size in bytes, whether it is an answer) of frames that data may begin with.
+
+    The sizes are those of the Modbus Application Protocol, in the order to try them.
+    """
+    function = data[1]
+    if function in (1, 2, 3, 4):
+        byte_count = data[2]  # of an answer; a request has the high byte of its address
+        # No answer has 0 data bytes. One with 3 is as long as a request: taken for one.
+        if byte_count in (0, 3):
+            return [(8, False)]
+        # The answer first, as it may begin like a request: see Handler.is_own_echo().
+        return [(5 + byte_count, True), (8, False)]
+    if function in (5, 6):
+        return [(8, False)]  # an answer is the very same bytes
+    if function == WRITE and len(data) > 6:
+        byte_count = data[6]  # of a request
+        return [(8, True), (9 + byte_count, False)]
+    if function > 0x80 and data[2] <= 11:  # an exception; the highest code is 11
+        return [(5, True)]
+    return []
 
 
 def first_frame(data):
     """Return the Frame that data begin with, or None; data have MIN_FRAME or more."""
-    function = data[1]
-    candidates = []  # (size in bytes, whether it is an answer), in order
-    if function in (1, 2, 3, 4):
-        byte_count = data[2]  # of an answer; a request has the high byte of its address
-        # No answer has 0 data bytes. One with 3 is as long as a request: taken for one.
-        if byte_count not in (0, 3):
-            # An answer goes first: if it has 9 bytes and the last is 0, its first 8 have
-            # a good CRC too and look like a request. (Where only 8 have come yet,
-            # Handler.callback_data() knows our own answer by what it sent.)
-            candidates.append((5 + byte_count, True))
-        candidates.append((8, False))
-    elif function in (5, 6):
-        candidates.append((8, False))  # an answer is the very same bytes
-    elif function == WRITE and len(data) > 6:
-        byte_count = data[6]  # of a request
-        candidates.append((8, True))
-        candidates.append((9 + byte_count, False))
-    elif function > 0x80:
-        code = data[2]  # of an exception; the highest is 11
-        if code <= 11:
-            candidates.append((5, True))
-    for size, is_answer in candidates:
+    for size, is_answer in possible_frames(data):
         if size <= len(data) and has_good_crc(data[:size]):
             return Frame(data[:size], is_answer)
     return None
@@ -565,7 +584,7 @@ def first_frame(data):
 def is_request_of_unknown_size(data):
     """Return whether data as a whole are a request to us whose size nothing tells.
 
-    That is any of functions 7 to 127 (a whole WRITE is found before). Such a request
+    That is any of functions 7 to 127, of WRITE only what is no whole one. Such a request
     gets its exception, and the diagnosis can name it.
     """
     if not MIN_FRAME <= len(data) <= MAX_FRAME or data[0] != unit_id:
@@ -580,19 +599,17 @@ def find_frames(data):
     """
     frames = []
     start = 0  # where a frame may begin
-    behind_last = 0  # where the bytes behind the last frame begin
     while start + MIN_FRAME <= len(data):
         frame = first_frame(data[start : start + MAX_FRAME])
         if frame:
             frames.append(frame)
-            start += len(frame.raw)
-            behind_last = start
+            data = data[start + len(frame.raw) :]
+            start = 0
         else:
             start += 1  # noise may come before a frame
-    left = data[behind_last:]
-    if is_request_of_unknown_size(left):
-        return [*frames, Frame(left, is_answer=False)], b""
-    return frames, left[-MAX_FRAME:]
+    if is_request_of_unknown_size(data):
+        return [*frames, Frame(data, is_answer=False)], b""
+    return frames, data[-MAX_FRAME:]
 
 
 class SerialSettings(NamedTuple):
@@ -612,7 +629,10 @@ ALL_SETTINGS = [
 
 
 class Line:
-    """All that is known of the line: the main thread notes it, look_after() asks."""
+    """All that is known of the line: the main thread notes it, look_after() asks.
+
+    There is no lock, as what is asked for changes in one step each.
+    """
 
     def __init__(self):
         # The serial settings:
@@ -625,7 +645,7 @@ class Line:
         # What came:
         self.left = b""  # bytes that belong to no frame yet
         self.last_byte = None  # s, when it came; None = never
-        self.proof = None  # the Frame that proved the settings, if it asks us
+        self.proof = None  # the Frame that proved the settings, if it is to be answered
         # The heat pump:
         self.last_read = None  # s, when it read the meter; None = never
         self.waiting_since = None  # s, its last read or the opening; None = not open
@@ -662,6 +682,8 @@ class Line:
         self.settings = next(self.to_try)
         self.good_frames = 0
         self.left = b""
+        self.asked.clear()  # by frames that chance made
+        self.answering.clear()
         if self.settings == self.configured:
             say("round", log.warning, "no serial settings fit: swap A and B")
 
@@ -716,11 +738,22 @@ class Line:
 
 
 # ------------------- Listen first: the heat pump's serial settings --------------------
-PATIENCE = 20  # s of misfits, bursts without a good frame, for the configured settings
+# A burst is what comes without a PAUSE. It is a misfit if there is no good frame in it.
+PATIENCE = 20  # s of misfits, after which the configured serial settings are given up
 STRAY = 60  # s without a byte, after which a misfit is the first in a row again
 BURST_LIMIT = 1  # s; noise, or a poll each 0.1 s, may have no PAUSE at all
-HEARS_ALL = 19200  # bit/s, from which on a UART hears any other speed as something
-SILENCE = 60  # s without a byte that end a trial below HEARS_ALL
+# A UART takes a start bit for real only if the line is still low half a bit later, so it
+# hears nothing of what is much faster. At 19200 all up to 115200 is heard as something.
+HEARS_ALL = 19200  # bit/s
+SILENCE = 60  # s without a byte, after which settings below HEARS_ALL are given up
+
+
+class Burst(Enum):
+    """What came until a PAUSE."""
+
+    NOTHING = 0
+    GOOD = 1
+    MISFIT = 2
 
 
 class NoParityError(OSError):
@@ -763,50 +796,47 @@ def open_port(settings):
 
 
 def hear_burst(port, line):
-    """Hear what comes until a PAUSE, and return whether anything came.
+    """Hear what comes until a PAUSE, and return what kind of Burst it was.
 
     It ends early when the settings are proven, or after BURST_LIMIT.
     """
-    any_came = False
+    kind = Burst.NOTHING
+    frames_before = line.good_frames
     begin = now()
     while first_byte := port.read():  # b"" after a PAUSE
         data = first_byte + port.read(port.in_waiting)
         log.debug("recv: %s at %s", " ".join(map(hex, data)), line.settings)
         line.proof = line.hear(data)
-        any_came = True
+        kind = Burst.GOOD if line.good_frames > frames_before else Burst.MISFIT
         if line.proven or now() - begin > BURST_LIMIT:
             break
-    return any_came
+    if kind == Burst.MISFIT:
+        line.good_frames = 0  # noise makes one now and then, but not two in a row
+    return kind
 
 
 def listen(port, line):
-    """Listen until the line's serial settings are proven, given up, or a stop.
-
-    Settings on trial are given up at the first misfit, a burst without a good frame; the
-    configured ones when misfits have come for PATIENCE.
-    """
-    is_slow = line.settings.baudrate < HEARS_ALL
+    """Listen until the line's serial settings are proven, given up, or a stop."""
+    may_be_deaf = line.settings.baudrate < HEARS_ALL
     is_on_trial = line.settings != line.configured
     misfits_since = None  # s, when the first misfit in a row came
     last_burst = now()
     hear_burst(port, line)  # of one that began before the opening, a part is missing
     while not line.proven and not stopping:
-        frames_before = line.good_frames
-        if not hear_burst(port, line):
-            # Nobody speaks, or is_slow and the other end is too fast to be heard at all.
-            if is_slow and now() - last_burst >= SILENCE:
-                return
-            continue
+        burst = hear_burst(port, line)
         silence = now() - last_burst
-        last_burst = now()
-        if line.good_frames > frames_before:
+        if burst == Burst.NOTHING:
+            if may_be_deaf and silence >= SILENCE:
+                return
+        elif burst == Burst.GOOD:
+            last_burst = now()
             misfits_since = None
-            continue
-        line.good_frames = 0  # noise makes one now and then: two in a row are no chance
-        if misfits_since is None or silence > STRAY:
-            misfits_since = now()
-        if is_on_trial or now() - misfits_since >= PATIENCE:
-            return
+        else:
+            last_burst = now()
+            if misfits_since is None or silence > STRAY:
+                misfits_since = now()
+            if is_on_trial or now() - misfits_since >= PATIENCE:
+                return
 
 
 def search(line):
@@ -856,6 +886,9 @@ class Handler(ServerRequestHandler):
       StartSerialServer() return
     - framer.decoder.decode() makes an object of a request, datastore_update() of that
       makes a response from the server's device, and pdu_send() sends that by send()
+
+    What else is relied on: the list of Meter.build_device() is served itself, no copy, and
+    read as one slice; run_server() replaces a method; FramerRTU.compute_CRC().
     """
 
     def __init__(self, server, meter, line):
@@ -877,11 +910,18 @@ class Handler(ServerRequestHandler):
     def callback_data(self, data, addr=None):
         """Take bytes that came, all of them, and answer a request."""
         request = self.line.hear(data)
-        # The beginning of our own answer, echoed by an adapter, can look like a request,
-        # see first_frame(); a request that the datasheet knows never looks like it.
-        if request is not None and not self.sent.startswith(request.raw):
+        if request is not None and not self.is_own_echo(request):
             self.run(self.answer(request))
         return len(data)
+
+    def is_own_echo(self, frame):
+        """Return whether a Frame is the beginning of what we sent, heard back.
+
+        Some adapters hear themselves. The CRC of an answer whose last byte is 0 is good
+        without it, so 8 bytes of an answer with 9 look like a request while the last is
+        still to come. No real one looks so: its address would be 1024 or more.
+        """
+        return self.sent.startswith(frame.raw)
 
     def run(self, coroutine):
         """Let a coroutine run beside; asyncio logs an error in it."""
@@ -925,12 +965,11 @@ def run_server(meter, line):
     open_port(line.settings).close()  # pymodbus would not tell why it cannot open it
     meter.show_baudrate(line.settings.baudrate)
 
-    def new_handler(server):
-        return Handler(server, meter, line)
-
     # StartSerialServer() takes no class of a server or handler. It makes a
     # ModbusSerialServer, which makes its handler by this method.
-    ModbusSerialServer.callback_new_connection = new_handler
+    ModbusSerialServer.callback_new_connection = lambda server: Handler(
+        server, meter, line
+    )
     StartSerialServer(meter, port=serial_port, **line.settings._asdict())
     if not stopping:
         raise OSError(errno.ENODEV, "lost")
@@ -983,7 +1022,7 @@ def look_after(broker, meter, line):
     reported = now()
     while not stopping:
         try:
-            broker.loop_start()  # paho's thread, if it does not run (any more)
+            broker.loop_start()  # does nothing while paho's thread runs
             meter.drop_old_value()
             broker.doubt_topic()
             is_read = line.is_read()
