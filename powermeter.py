@@ -162,7 +162,11 @@ SETTINGS = (  # name, test, what it may be
         is_status_topic,
         'a topic in quotes, other than topic, or "" for none',
     ),
-    ("serial_port", is_path, "the path of a device, such as '/dev/ttyUSB0'"),
+    (
+        "serial_port",
+        is_path,
+        "the path of a device, such as '/dev/ttyUSB0'; for a gateway see the README",
+    ),
     (
         "baudrate",
         is_one_of(*BAUDRATES),
@@ -492,7 +496,8 @@ class Broker(Client):
             return
         if now() - self.subscribed >= NO_MESSAGE:
             what = f'nothing came yet on "{topic}", is that the right topic? '
-            what += "This shows all that the broker gets: mosquitto_sub -v -t '#'"
+            what += "All that the broker gets is shown by: mosquitto_sub -v -t '#' "
+            what += "(with -h, -u and -P as you need them)"
             say("topic", log.warning, what)
 
     def publish_status(self, status):

@@ -480,11 +480,13 @@ def log_slowly(_folder):
 def know_every_name(_folder):
     """Say each name that is looked up; all of them are this computer."""
     import socket
+    import sys
 
     getaddrinfo = socket.getaddrinfo
 
     def look_up(host, port, *more, **others):
-        print(f"looked up {host}", flush=True)
+        sys.stdout.write(f"looked up {host}\n")  # at once, as the log is written too
+        sys.stdout.flush()
         return getaddrinfo("127.0.0.1", port, *more, **others)
 
     socket.getaddrinfo = look_up
@@ -493,9 +495,11 @@ def know_every_name(_folder):
 def know_no_name(_folder):
     """Look up names in vain, as where they do not exist, without asking the network."""
     import socket
+    import sys
 
     def look_up(host, *_more, **_others):
-        print(f"looked up {host}", flush=True)
+        sys.stdout.write(f"looked up {host}\n")  # at once, as the log is written too
+        sys.stdout.flush()
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     socket.getaddrinfo = look_up
@@ -503,6 +507,7 @@ def know_no_name(_folder):
 
 def check_parity_late(_folder):
     """Take two seconds to switch the check of parity on for the first time."""
+    import sys
     import termios
     import time
 
@@ -513,7 +518,8 @@ def check_parity_late(_folder):
         nonlocal is_first
         if is_first and attributes[0] & termios.INPCK:
             is_first = False
-            print("now parity will be checked", flush=True)
+            sys.stdout.write("now parity will be checked\n")
+            sys.stdout.flush()
             time.sleep(2)
         tcsetattr(fd, when, attributes)
 
@@ -523,13 +529,15 @@ def check_parity_late(_folder):
 def answer_late(_folder):
     """Take half a second for each answer, and say that one is under way."""
     import asyncio
+    import sys
 
     from pymodbus.pdu.register_message import ReadHoldingRegistersRequest
 
     datastore_update = ReadHoldingRegistersRequest.datastore_update
 
     async def late(request, context, unit):
-        print("an answer is under way", flush=True)
+        sys.stdout.write("an answer is under way\n")
+        sys.stdout.flush()
         await asyncio.sleep(0.5)
         return await datastore_update(request, context, unit)
 
@@ -1576,6 +1584,51 @@ def test_request_that_another_one_follows_is_too_old_to_be_answered(meter):
     assert meter.line.ask(RESET) == RESET_DONE
 
 
+def test_echo_of_each_answer_is_ignored(meter):
+    rng, wrong = random.Random("echo"), []
+    for turn in range(300):
+        if turn % 10 == 0:
+            meter.broker.publish(str(rng.randint(-327670, 327670)))
+        first, count = rng.randint(30, 49), rng.choice([1, 2, 2, 2, 3])
+        request = pack(60, 3, first, count)
+        answer = meter.line.ask(request)
+        cut = rng.randint(1, len(answer))
+        meter.line.send(answer[:cut])
+        said = meter.line.hear(0.002 if turn % 2 else 0)
+        meter.line.send(answer[cut:])
+        said += meter.line.hear(0.002)
+        if len(answer) != 5 + 2 * count or said != b"":
+            wrong.append([data.hex(" ") for data in (request, answer, said)])
+    assert wrong == []
+    assert meter.line.hear(0.3) == b""
+
+
+@pytest.mark.parametrize(
+    ("watts", "answer"),  # of the current and the power of a phase, with 00 at the end
+    [
+        ("2160", raw("3C 03 04 00 1F 00 48 27 00")),
+        ("2850", raw("3C 03 04 00 29 00 5F 87 00")),
+        ("-5820", raw("3C 03 04 00 54 FF 3E 97 00")),
+        ("-8640", raw("3C 03 04 00 7D FE E0 C7 00")),
+    ],
+)
+def test_echo_of_an_answer_that_begins_like_a_request_is_never_answered(
+    meter, watts, answer
+):
+    request = frame("3C 03 00 24 00 02")
+    meter.broker.publish(watts)
+    eventually(lambda: meter.line.ask(request) == answer, what=answer.hex(" "))
+    for cut in [*range(1, 10), 8, 8]:
+        assert meter.line.ask(request) == answer
+        meter.line.send(answer[:cut])
+        assert meter.line.hear(0.02) == b""
+        meter.line.send(answer[cut:])
+        assert meter.line.hear(0.02) == b""
+    assert meter.line.hear(0.3) == b""
+    assert len(meter.line.ask(POLL)) == 33
+
+
+# ========================= Tests on a rig of their own =========================
 # Little patience in the search, and short waits, instead of the script's constants.
 HASTE = {"PATIENCE": 0.5, "TICK": 0.05, "PAUSE": 0.05, "SILENCE": 1}  # s
 
@@ -1589,7 +1642,7 @@ def hears(words, *expected):
     assert heard == list(expected)
 
 
-# ========================= Tests on a rig of their own: values =========================
+# ------------------------------- Values and their age -------------------------------
 def test_no_surplus_before_a_message_and_a_negative_one_where_it_is_wanted(
     broker, line, script
 ):
@@ -2545,50 +2598,6 @@ def test_second_copy_of_the_script_disturbs_nothing(tmp_path, rig, line, script,
 
 
 # ------------------------------- A shared, noisy line -------------------------------
-def test_echo_of_each_answer_is_ignored(meter):
-    rng, wrong = random.Random("echo"), []
-    for turn in range(300):
-        if turn % 10 == 0:
-            meter.broker.publish(str(rng.randint(-327670, 327670)))
-        first, count = rng.randint(30, 49), rng.choice([1, 2, 2, 2, 3])
-        request = pack(60, 3, first, count)
-        answer = meter.line.ask(request)
-        cut = rng.randint(1, len(answer))
-        meter.line.send(answer[:cut])
-        said = meter.line.hear(0.002 if turn % 2 else 0)
-        meter.line.send(answer[cut:])
-        said += meter.line.hear(0.002)
-        if len(answer) != 5 + 2 * count or said != b"":
-            wrong.append([data.hex(" ") for data in (request, answer, said)])
-    assert wrong == []
-    assert meter.line.hear(0.3) == b""
-
-
-@pytest.mark.parametrize(
-    ("watts", "answer"),  # of the current and the power of a phase, with 00 at the end
-    [
-        ("2160", raw("3C 03 04 00 1F 00 48 27 00")),
-        ("2850", raw("3C 03 04 00 29 00 5F 87 00")),
-        ("-5820", raw("3C 03 04 00 54 FF 3E 97 00")),
-        ("-8640", raw("3C 03 04 00 7D FE E0 C7 00")),
-    ],
-)
-def test_echo_of_an_answer_that_begins_like_a_request_is_never_answered(
-    meter, watts, answer
-):
-    request = frame("3C 03 00 24 00 02")
-    meter.broker.publish(watts)
-    eventually(lambda: meter.line.ask(request) == answer, what=answer.hex(" "))
-    for cut in [*range(1, 10), 8, 8]:
-        assert meter.line.ask(request) == answer
-        meter.line.send(answer[:cut])
-        assert meter.line.hear(0.02) == b""
-        meter.line.send(answer[cut:])
-        assert meter.line.hear(0.02) == b""
-    assert meter.line.hear(0.3) == b""
-    assert len(meter.line.ask(POLL)) == 33
-
-
 @pytest.fixture
 def patient(rig):
     """A rig that serves 3000 W, and waits a second for the rest of a frame."""
@@ -3010,6 +3019,16 @@ def test_round_without_success_is_said_once_and_a_late_heat_pump_found(line, scr
     assert script.log().count("no serial settings fit") == 1
     line.find()
     assert "the heat pump speaks" not in script.log()
+
+
+def test_unit_that_noise_asked_at_other_settings_is_not_advised(broker, line, script):
+    script.start(constants=HASTE)
+    broker.publish("3000")
+    line.send_as_it_is(frame("09 03 00 25 00 01"))
+    eventually(lambda: line.noise(0.2)[-1] != (19200, "E"), 30, "other settings")
+    script.sleeps(61)
+    said = script.says("WARNING the heat pump has not read for 60 s: ")
+    assert "no frame fits: trying other serial settings" in said
 
 
 def test_bytes_without_a_gap_do_not_hold_up_the_search(line, script):
