@@ -902,21 +902,22 @@ class Handler(ServerRequestHandler):
         self.meter = meter
         self.line = line
         self.sent = b""  # our last frame
-        self.tasks = set()  # asyncio itself would not keep them
+        self.ending = None  # the task of end_server(); asyncio itself keeps no task
+        self.answering = None  # the task of the newest answer()
 
     def callback_connected(self):
         """Begin to serve, with the request that proved the settings if it is new."""
-        self.run(self.end_server())
+        self.ending = asyncio.create_task(self.end_server())
         self.line.note_open()
         request, self.line.proof = self.line.proof, None
         if request is not None and now() - self.line.last_byte < PAUSE:
-            self.run(self.answer(request))
+            self.answer_soon(request)
 
     def callback_data(self, data, addr=None):
         """Take bytes that came, all of them, and answer a request."""
         request = self.line.hear(data)
         if request is not None and not self.is_own_echo(request):
-            self.run(self.answer(request))
+            self.answer_soon(request)
         return len(data)
 
     def is_own_echo(self, frame):
@@ -928,11 +929,9 @@ class Handler(ServerRequestHandler):
         """
         return self.sent.startswith(frame.raw)
 
-    def run(self, coroutine):
-        """Let a coroutine run beside; asyncio logs an error in it."""
-        task = asyncio.create_task(coroutine)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+    def answer_soon(self, request):
+        """Answer a Frame before the next read; asyncio logs an error in the answer."""
+        self.answering = asyncio.create_task(self.answer(request))
 
     async def end_server(self):
         """End the server at a stop, or when the adapter is lost."""
