@@ -534,10 +534,12 @@ class Frame(NamedTuple):
 
     @property
     def unit(self):
+        """The unit id that is asked or answers; 0 is a broadcast."""
         return self.raw[0]
 
     @property
     def function(self):
+        """The function code; above 128 it is that of an exception."""
         return self.raw[1]
 
     @property
@@ -547,6 +549,7 @@ class Frame(NamedTuple):
 
     @property
     def asks_us(self):
+        """Whether it is a request to our unit id."""
         return self.unit == unit_id and not self.is_answer
 
 
