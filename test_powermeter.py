@@ -585,6 +585,21 @@ def start_servers_late(_folder):
     ModbusSerialServer.__init__ = late
 
 
+def refuse_parity(_folder):
+    """A port whose driver refuses parity, as that of a Raspberry Pi's mini UART."""
+    import errno
+    import termios
+
+    tcsetattr = termios.tcsetattr
+
+    def without_parity(fd, when, attributes):
+        if attributes[2] & termios.PARENB:
+            raise termios.error(errno.EINVAL, "Invalid argument")
+        tcsetattr(fd, when, attributes)
+
+    termios.tcsetattr = without_parity
+
+
 def plug_in_another_adapter(_folder):
     """Let the computer list an adapter with USB, though this one has none."""
     import glob
@@ -3242,15 +3257,16 @@ def test_adapter_pulled_during_the_search_goes_on_with_it(rig, line, script):
 NO_PARITY = "has no parity: a heat pump with even or odd parity needs another one"
 
 
+@pytest.mark.parametrize("inject", [[], [refuse_parity]], ids=["drops", "refuses"])
 @pytest.mark.parametrize(
     ("parity", "rate"),
     [("E", 19200), ("O", 19200), ("E", 38400), ("O", 57600), ("N", 9600)],
 )
 def test_port_without_parity_finds_a_heat_pump_without_it(
-    rig, line, script, parity, rate
+    rig, line, script, parity, rate, inject
 ):
     line.speaks = (rate, "N")
-    script.begin(constants=HASTE, has_parity=False, parity=parity)
+    script.begin(constants=HASTE, has_parity=False, inject=inject, parity=parity)
     line.find(20)
     rig.serve()
     assert script.log().count(NO_PARITY) == 1
@@ -3484,6 +3500,16 @@ def test_value_is_logged_when_it_is_the_first_after_something(
     is_logged(3900)
     script.sleeps(11)  # ten quiet seconds
     is_logged(4200)
+
+
+def test_value_behind_an_old_one_is_logged_even_without_quiet(broker, script):
+    script.start(max_age=5)
+    broker.publish("3000")
+    script.says("INFO rest power 3000 W")
+    script.sleeps(6)  # too old, but no ten quiet seconds
+    script.says("no rest power for 5 s")
+    broker.publish("600")
+    script.says("INFO rest power 600 W")
 
 
 def test_debug_logs_each_value_and_every_frame(broker, line, script):
