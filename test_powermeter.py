@@ -3167,12 +3167,15 @@ def test_two_good_frames_with_noise_between_them_prove_nothing(line, script):
 
 
 def leave_the_first_settings(line):
-    """Send noise until the script tries its second settings, and return at once."""
+    """Send noise until the script tries its second settings, with a PAUSE of 1 s.
+
+    It returns as soon as they are tried, so before a PAUSE with them is over.
+    """
 
     def has_left():
         if line.settings() == (19200, "E"):
             line.send_as_it_is(b"noise")
-            line.hear(1.5)
+            line.hear(1.5)  # s, more than a PAUSE, so that each noise is a burst
         return line.settings() == (19200, "N")
 
     eventually(has_left, 30, "19200 N")
