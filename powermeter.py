@@ -232,7 +232,7 @@ def meter_registers(watts, rate):
 def refusal(pdu):
     """Return the exception code for a request (its function code first), or None.
 
-    A READ has its 5 bytes, see first_frame(); a WRITE can be of any length.
+    A READ has its 5 bytes, see possible_frames(); a WRITE can be of any length.
     """
     function = pdu[0]
     if function == READ:
@@ -321,6 +321,7 @@ class Meter(SimDevice):
 SETTLING = 5  # s after a login in which a broker may send what it has kept
 NEWS_AFTER = 10  # s without a rest power, after which the next one is logged at INFO
 NO_MESSAGE = 30  # s without any message, after which the topic counts as doubtful
+SHOWN = 80  # characters of a message that the log shows
 STATUS_EVERY = 30  # s after which the same status is published again
 LOGIN_REFUSED = ("Bad user name or password", "Not authorized")  # in paho's words
 # A plain number; float() alone would take nan, 1_000 and other alphabets' digits too.
@@ -410,7 +411,7 @@ class Broker(Client):
         if is_old:
             if self.doubted is None:
                 kept = "may be an old value that was kept: waiting for the next one"
-                log.info("%a %s", text[:80], kept)
+                log.info("%a %s", text[:SHOWN], kept)
             self.doubted = message
             return
         self.doubted = None
@@ -418,7 +419,7 @@ class Broker(Client):
         self.meter.take(watts)
         if fault:
             if text != self.last_bad:
-                log.error("%a %s: serving 0 W until one comes", text[:80], fault)
+                log.error("%a %s: serving 0 W until one comes", text[:SHOWN], fault)
             self.last_bad = text
         else:
             level = logging.INFO if is_news else logging.DEBUG
@@ -521,7 +522,8 @@ class Broker(Client):
 
 
 # --- Modbus: the line. Frames by the Modbus Application Protocol V1.1b3, chapter 6 ----
-MIN_FRAME, MAX_FRAME = 4, 256  # bytes
+MIN_FRAME = 4  # bytes
+MAX_FRAME = 256  # bytes
 PAUSE = 0.2  # s without a byte, after which a new burst of bytes begins
 READ_TIMEOUT = 60  # s without a read after which the heat pump counts as not reading
 
@@ -707,6 +709,15 @@ class Line:
         self.is_taken = is_taken
         self.waiting_since = None
 
+    def note_misfit(self):
+        """Note a burst without a good frame: noise makes one at times, not two in a row."""
+        self.good_frames = 0
+
+    def note_refused(self, pdu):
+        """Note a request to us that was refused; the first one is told."""
+        if self.refused is None:
+            self.refused = pdu
+
     def note_read(self):
         """Note that the heat pump reads the meter."""
         self.last_read = now()
@@ -819,7 +830,7 @@ def hear_burst(port, line):
         if line.proven or now() - begin > BURST_LIMIT:
             break
     if kind == Burst.MISFIT:
-        line.good_frames = 0  # noise makes one now and then, but not two in a row
+        line.note_misfit()
     return kind
 
 
@@ -947,7 +958,7 @@ class Handler(ServerRequestHandler):
         self.meter.drop_old_value()  # so that not even one answer shows it
         code = refusal(request.pdu)
         if code:
-            self.line.refused = self.line.refused or request.pdu
+            self.line.note_refused(request.pdu)
             self.pdu_send(ExceptionResponse(request.function, code, unit_id))
             return
         if request.function == READ:
@@ -966,8 +977,8 @@ class Handler(ServerRequestHandler):
 def run_server(meter, line):
     """Serve the meter until a stop.
 
-    Raises OSError, RuntimeError or termios.error when the adapter cannot be opened or
-    gets lost.
+    Raises OSError, termios.error or (pymodbus) RuntimeError when the adapter cannot be
+    opened or gets lost.
     """
     open_port(line.settings).close()  # pymodbus would not tell why it cannot open it
     meter.show_baudrate(line.settings.baudrate)
@@ -982,9 +993,8 @@ def run_server(meter, line):
         raise OSError(errno.ENODEV, "lost")
 
 
-def adapter_fault(error):
-    """Return (what is wrong with the adapter, what to do) for an error."""
-    number = getattr(error, "errno", None)  # termios.error and RuntimeError have none
+def adapter_fault(error, number):
+    """Return (what is wrong with the adapter, what to do) for an error and its errno."""
     if number in (errno.ENOENT, errno.ENODEV):
         plugged_in = ", ".join(sorted(glob.glob("/dev/serial/by-id/*")))
         return "is not there", f"plugged in: {plugged_in or 'none with USB'}"
@@ -1016,8 +1026,9 @@ def serve(meter, line):
             if line.proven:
                 run_server(meter, line)
         except (OSError, RuntimeError, termios.error) as error:
-            fault, hint = adapter_fault(error)
-            line.note_fault(is_taken=getattr(error, "errno", None) == errno.EAGAIN)
+            number = getattr(error, "errno", None)  # only an OSError has one
+            fault, hint = adapter_fault(error, number)
+            line.note_fault(is_taken=number == errno.EAGAIN)
             text = f"the adapter {serial_port} {fault}: trying every second ({hint})"
             say("adapter", log.warning, text)
             sleep(1)
@@ -1061,7 +1072,7 @@ def start_log():
     Ctrl-S in a terminal holds up whoever writes to it: now that is only this thread,
     and when its queue is full, lines are dropped.
     """
-    lines = queue.Queue(1000)
+    lines = queue.Queue(maxsize=1000)
     layout = "%(asctime)s %(levelname)s %(message)s"
     QueueListener(lines, logging.StreamHandler(sys.stdout)).start()
     logging.basicConfig(level=log_level, handlers=[QueueHandler(lines)], format=layout)
