@@ -388,15 +388,16 @@ class Broker(Client):
         return watts is not None and watts == self.last_watts
 
     def is_doubted_again(self, message):
-        """Return whether a message is the kept one once more.
+        """Return whether a message is the doubted one, which the broker sends again.
 
-        ioBroker sends it again 2 s after the login. It flags live values as well, or
-        none, as it is set; a broker that flags only kept ones does not send it again.
+        ioBroker does so 2 s after a login. Where the first has the retain flag and the
+        same without it follows, that is another broker, and the second one is live.
         """
         if self.doubted is None or now() - self.login_time > SETTLING:
             return False
-        flags_only_kept = self.doubted.retain and not message.retain
-        return message.payload == self.doubted.payload and not flags_only_kept
+        is_the_same = message.payload == self.doubted.payload
+        lost_its_flag = self.doubted.retain and not message.retain
+        return is_the_same and not lost_its_flag
 
     def on_rest_power(self, _client, _userdata, message):
         """Take the rest power into the meter, or 0 W for what is none.
@@ -759,12 +760,11 @@ class Line:
 # ------------------- Listen first: the heat pump's serial settings --------------------
 # A burst is what comes without a PAUSE. It is a misfit if there is no good frame in it.
 PATIENCE = 20  # s of misfits, after which the configured serial settings are given up
-STRAY = 60  # s without a byte, after which a misfit is the first in a row again
 BURST_LIMIT = 1  # s; noise, or a poll each 0.1 s, may have no PAUSE at all
 # A UART takes a start bit for real only if the line is still low half a bit later, so it
 # hears nothing of what is much faster. At 19200 all up to 115200 is heard as something.
 HEARS_ALL = 19200  # bit/s
-SILENCE = 60  # s without a byte, after which settings below HEARS_ALL are given up
+SILENCE = 60  # s without a byte, after which slower settings are given up
 
 
 class Burst(Enum):
@@ -837,55 +837,60 @@ def hear_burst(port, line):
 def listen(port, line):
     """Listen until the line's serial settings are proven, given up, or a stop."""
     may_be_deaf = line.settings.baudrate < HEARS_ALL
-    is_on_trial = line.settings != line.configured
-    misfits_since = None  # s, when the first misfit in a row came
+    patience = PATIENCE if line.settings == line.configured else 0  # s
+    first_misfit = None  # s, when the first misfit in a row came
     last_burst = now()
     hear_burst(port, line)  # of one that began before the opening, a part is missing
     while not line.proven and not stopping:
         burst = hear_burst(port, line)
-        silence = now() - last_burst
-        if burst == Burst.NOTHING:
-            if may_be_deaf and silence >= SILENCE:
+        if burst == Burst.MISFIT:
+            last_burst = now()
+            if first_misfit is None:
+                first_misfit = now()
+            if now() - first_misfit >= patience:
                 return
         elif burst == Burst.GOOD:
             last_burst = now()
-            misfits_since = None
-        else:
-            last_burst = now()
-            if misfits_since is None or silence > STRAY:
-                misfits_since = now()
-            if is_on_trial or now() - misfits_since >= PATIENCE:
+            first_misfit = None
+        elif now() - last_burst >= SILENCE:
+            first_misfit = None  # a misfit before it was stray noise
+            if may_be_deaf:
                 return
 
 
-def search(line):
-    """Listen with one serial setting after another, until some are proven or a stop.
+def try_settings(line):
+    """Listen with the line's serial settings, unless the adapter cannot do them.
 
     Raises OSError or termios.error when the adapter cannot be opened or gets lost.
     """
-    while not stopping:
-        try:
-            port = open_port(line.settings)
-        except NoParityError:
-            text = (
-                f"the adapter {serial_port} has no parity: a heat pump with even or odd "
-                "parity needs another one (on a Raspberry Pi the full UART: "
-                "dtoverlay=disable-bt)"
-            )
-            say("parity", log.warning, text)
-            line.try_next_settings()
-            continue
-        line.note_open()
-        try:
-            listen(port, line)
-        except OSError as error:  # pyserial's, in which the number is mostly missing
-            raise OSError(errno.ENODEV, "lost") from error
-        finally:
-            port.close()
-        if line.proven:
-            break
-        if not stopping:
-            line.try_next_settings()
+    try:
+        port = open_port(line.settings)
+    except NoParityError:
+        text = (
+            f"the adapter {serial_port} has no parity: a heat pump with even or odd "
+            "parity needs another one (on a Raspberry Pi the full UART: "
+            "dtoverlay=disable-bt)"
+        )
+        say("parity", log.warning, text)
+        return
+    line.note_open()
+    try:
+        listen(port, line)
+    except OSError as error:  # pyserial's, in which the number is mostly missing
+        raise OSError(errno.ENODEV, "lost") from error
+    finally:
+        port.close()
+
+
+def search(line):
+    """Try one serial setting after another, until some are proven or a stop.
+
+    Raises OSError or termios.error when the adapter cannot be opened or gets lost.
+    """
+    try_settings(line)
+    while not line.proven and not stopping:
+        line.try_next_settings()
+        try_settings(line)
     if line.proven and line.settings != line.configured:
         text = 'set baudrate = {}, parity = "{}", stopbits = {}'.format(*line.settings)
         log.info("the heat pump speaks %s: %s", line.settings, text)
