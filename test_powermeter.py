@@ -823,13 +823,16 @@ class Script(Program):
         self.slept += seconds
         os.truncate(self.folder / "slept", self.slept)
 
-    def looks(self, times):
-        """Wait for some more rounds of look_after(), of 0.2 s each; needs count_looks()."""
-        file = self.folder / "looks"
+    def works_for(self, seconds):
+        """Wait until look_after() has had its rounds of some seconds: one each 0.2 s.
+
+        A script that stands still on a busy computer is waited for; needs count_looks().
+        """
+        file, rounds = self.folder / "looks", round(seconds / 0.2)
         before = file.stat().st_size if file.exists() else 0
-        what = f"{times} looks after all"
+        what = f"{rounds} rounds of look_after()"
         eventually(
-            lambda: file.exists() and file.stat().st_size >= before + times, 20, what
+            lambda: file.exists() and file.stat().st_size >= before + rounds, 20, what
         )
 
     def holds(self, total):
@@ -1747,7 +1750,7 @@ def test_value_stays_fresh_without_a_limit(rig, line, script):
     script.start(max_age=0, inject=[count_looks])
     rig.serve()
     script.sleeps(1_000_000)
-    script.looks(2)
+    script.works_for(0.4)
     assert line.power() == (100, 100, 100, 300)
     assert "no rest power for" not in script.log()
 
@@ -1906,7 +1909,7 @@ def test_value_that_a_broker_keeps_and_sends_twice_is_not_taken(
     script.says(f"INFO '3000' {OLD}")
     script.sleeps(2)
     raw_broker.send("3000", flag=flag)  # and two seconds after the login
-    script.looks(3)
+    script.works_for(0.6)
     script.sleeps(99)  # so it would be 99 s old, if it had been taken
     line.shows(0, 0, 0, 0)
     assert script.log().count(OLD) == 1
@@ -1927,7 +1930,7 @@ def test_old_value_that_is_flagged_and_sent_twice_does_not_end_a_good_one(
     script.says(f"INFO '2500' {OLD}")
     script.sleeps(2)
     raw_broker.send("2500", flag=True)
-    script.looks(3)
+    script.works_for(0.6)
     assert line.power() == (100, 100, 100, 300)
 
 
@@ -2437,10 +2440,10 @@ def test_adapter_absent_at_the_start_is_waited_for_and_all_that_is_asked_for(
     broker.publish("3000")
     script.says("rest power 3000 W: 1000 W per phase")
     script.sleeps(61)
-    script.looks(8)  # that is 1.6 s, so there is a second try to open it
+    script.works_for(1.6)  # so there is a second try to open it
     line.plug()
     script.says("the meter is on the line")
-    script.looks(3)  # the heat pump could not read before: its 60 s begin now
+    script.works_for(0.6)  # the heat pump could not read before: its 60 s begin now
     assert "has not read for" not in script.log()
     script.sleeps(61)
     script.says("has not read for 60 s: nothing came: check wires A and B")
@@ -2456,10 +2459,10 @@ def test_60_seconds_without_a_read_begin_anew_when_the_adapter_is_back(line, scr
     line.pull()
     script.says("is not there")
     script.sleeps(61)
-    script.looks(3)
+    script.works_for(0.6)
     line.plug()
     script.says("the meter is on the line")
-    script.looks(3)
+    script.works_for(0.6)
     assert "has not read for" not in script.log()
     script.sleeps(61)
     script.says("has not read for 60 s: it stopped asking")
@@ -2604,7 +2607,7 @@ def test_second_copy_of_the_script_disturbs_nothing(tmp_path, rig, line, script,
     try:
         second.begin(status_topic=STATUS, inject=[count_looks])
         second.says_all("is in use by another program", "connected to the MQTT broker")
-        second.looks(10)
+        second.works_for(2)
         rig.serve(600)
         if end == signal.SIGTERM:
             second.ends()
@@ -2958,9 +2961,9 @@ def test_slow_setting_that_hears_nothing_is_left_after_a_minute(line, script):
     line.speaks = (115200, "N")
     script.start(baudrate=4800, inject=[count_looks], constants={"PATIENCE": 0.5})
     assert line.ask(POLL, 0.5) == b""  # which nobody hears
-    script.looks(3)
+    script.works_for(0.6)
     script.sleeps(55)
-    script.looks(3)
+    script.works_for(0.6)
     assert line.settings() == (4800, "E")
     script.sleeps(6)
     eventually(lambda: line.settings() != (4800, "E"), what="other settings")
@@ -2973,10 +2976,10 @@ def test_slow_setting_that_hears_nothing_is_left_after_a_minute(line, script):
 )
 def test_silence_moves_only_slow_settings(line, script, baudrate, moves):
     script.start(baudrate=baudrate, inject=[count_looks])
-    script.looks(2)
+    script.works_for(0.4)
     for _ in range(3):
         script.sleeps(61)
-        script.looks(4)
+        script.works_for(0.8)
     if moves:
         assert line.settings() != (baudrate, "E")
     else:
@@ -2994,7 +2997,7 @@ def test_silence_moves_a_slow_setting_that_is_on_trial(line, script):
         return line.hear(0.15) == b"" and line.settings() == (9600, "E")
 
     eventually(is_at_9600, 30, "9600 E")
-    script.looks(2)
+    script.works_for(0.4)
     assert line.settings() == (9600, "E")
     script.sleeps(61)
     eventually(lambda: line.settings() == (9600, "N"), what="9600 N")
@@ -3006,7 +3009,7 @@ def test_silence_moves_no_slow_setting_that_is_proven(line, script):
     script.start(baudrate=4800, inject=[count_looks])
     line.find()
     script.sleeps(1000)
-    script.looks(4)
+    script.works_for(0.8)
     assert line.settings() == (4800, "E")
     assert len(line.ask(POLL)) == 33
 
@@ -3089,10 +3092,10 @@ def stays(line, script):
     def stays(seconds, data):
         before = line.settings()
         script.sleeps(seconds)
-        script.looks(2)
+        script.works_for(0.4)
         if data:
             line.send_as_it_is(data)
-        script.looks(4)
+        script.works_for(0.8)
         return line.settings() == before
 
     return stays
@@ -3189,7 +3192,7 @@ def test_burst_that_began_with_the_settings_before_is_no_misfit(line, script):
     script.start(constants={"PATIENCE": 0.5, "PAUSE": 1}, inject=[count_looks])
     leave_the_first_settings(line)
     line.send_as_it_is(b"the rest of a burst, as its beginning was not heard")
-    script.looks(12)  # 2.4 s: the burst and its PAUSE are over
+    script.works_for(2.4)  # the burst and its PAUSE are over
     assert line.settings() == (19200, "N")
     line.send_as_it_is(b"noise")
     eventually(lambda: line.settings() != (19200, "N"), what="other settings")
@@ -3199,15 +3202,15 @@ def test_frames_in_pieces_fit_and_noise_beside_them_moves_nothing(line, script):
     line.speaks = (19200, "N")
     script.start(constants={"PATIENCE": 0.5, "PAUSE": 1}, inject=[count_looks])
     leave_the_first_settings(line)
-    script.looks(8)
+    script.works_for(1.6)
     poll_9 = frame("09 03 00 25 00 01")
     line.send_as_it_is(poll_9[:3])
-    script.looks(1)
+    script.works_for(0.2)
     line.send_as_it_is(poll_9[3:] + b"noise")
-    script.looks(12)
+    script.works_for(2.4)
     assert line.settings() == (19200, "N")
     line.send_as_it_is(b"noise")
-    script.looks(1)
+    script.works_for(0.2)
     assert len(line.ask(POLL)) == 33
     assert line.settings() == (19200, "N")
 
@@ -3225,9 +3228,9 @@ def test_settings_that_answer_are_not_left_any_more(line, script):
 
 def test_settings_that_fit_at_the_last_moment_are_kept(line, script):
     script.start(constants={"PATIENCE": 0, "PAUSE": 1}, inject=[count_looks])
-    script.looks(8)
+    script.works_for(1.6)
     line.send_as_it_is(b"noise")  # for which they would be left after the PAUSE
-    script.looks(1)
+    script.works_for(0.2)
     assert len(line.ask(POLL)) == 33
     assert set(line.noise(2)) == {(19200, "E")}
     assert len(line.ask(POLL)) == 33
@@ -3315,13 +3318,13 @@ def test_log_says_when_the_heat_pump_that_read_once_stops_to_ask(line, script, h
         if heard:
             line.send(heard)
         script.says("INFO the heat pump reads the meter, unit 60")
-        script.looks(2)
+        script.works_for(0.4)
         assert script.log().count("has not read for") == turn
         script.sleeps(60)
         said = script.says("WARNING the heat pump has not read for 60 s: ")
         assert "it stopped asking: is it on, are all wires in?" in said
         assert said.endswith("(Serial settings are searched only at the start.)")
-    script.looks(2)
+    script.works_for(0.4)
     assert script.log().count("has not read for") == 2
 
 
@@ -3396,11 +3399,11 @@ def test_silence_from_the_start_is_diagnosed_once(
     script.says("rest power 3000 W")
     if heard:
         line.send(heard)
-    script.looks(7)
+    script.works_for(1.4)
     assert "has not read for" not in script.log()
     script.sleeps(60)
     said = script.says("WARNING the heat pump has not read for 60 s: ")
-    script.looks(2)  # for a second warning, which must not come
+    script.works_for(0.4)  # for a second warning, which must not come
     assert diagnosis in said + "\n"
     assert script.problems() == [said]
     assert "reads the meter" not in script.log()
@@ -3434,6 +3437,18 @@ def test_status_follows_the_heat_pump_a_reconnect_and_the_end_of_the_script(
     assert words.empty() and late.empty()
 
 
+def test_last_status_is_offline_even_right_behind_a_new_login(raw_broker, script):
+    script.begin(status_topic=STATUS, constants={"TICK": 5})  # s between two statuses
+    raw_broker.log_in()
+    assert raw_broker.receive()[1].endswith(b"no heat pump")
+    raw_broker.log_in()  # long before the next status is due
+    script.process.send_signal(signal.SIGTERM)
+    packets = [raw_broker.receive()]
+    while packets[-1][0] != 0xE0:  # DISCONNECT
+        packets.append(raw_broker.receive())
+    assert packets[-2][1].endswith(b"offline")
+
+
 @pytest.mark.parametrize(
     "request_",
     [frame("3C 04 00 25 00 01"), frame("3C 03 00 25 00 00"), RESET],
@@ -3445,7 +3460,7 @@ def test_what_is_no_read_does_not_count_as_one(broker, line, script, request_):
     script.start(status_topic=STATUS, inject=[count_looks], constants=constants)
     hears(words, ("no heat pump", False))
     assert line.ask(request_) != b""
-    script.looks(3)
+    script.works_for(0.6)
     assert words.empty()
     assert "reads the meter" not in script.log()
     line.find()
@@ -3463,7 +3478,7 @@ def test_status_is_right_again_a_minute_after_an_old_session_said_offline(
     broker.publish("offline", topic=STATUS, retain=True)  # the will of a session before
     hears(words, ("offline", False))
     script.sleeps(15)
-    script.looks(3)
+    script.works_for(0.6)
     assert words.empty()
     script.sleeps(16)
     hears(words, ("online", False))
@@ -3548,7 +3563,7 @@ def test_log_level_hides_what_is_less(rig, broker, line, script, level, shown):
     line.find()
     rig.serve()
     script.sleeps(301)
-    script.looks(3)
+    script.works_for(0.6)
     broker.publish("unavailable")
     script.says("ERROR 'unavailable' is no plain number")
     levels = {text.split()[2] for text in script.log().splitlines()}
@@ -3566,7 +3581,7 @@ def test_minute_report_says_what_is_served_and_when_the_heat_pump_read(
     line.find()
     rig.serve()
     script.sleeps(30)
-    script.looks(2)
+    script.works_for(0.4)
     assert "serving" not in script.unread()
     script.sleeps(30)
     report = script.says("INFO serving ")
@@ -3589,13 +3604,13 @@ def test_minute_report_says_what_is_served_and_when_the_heat_pump_read(
 def test_topic_on_which_nothing_comes_is_doubted_once(broker, script):
     script.start(inject=[count_looks])
     script.sleeps(29)
-    script.looks(3)
+    script.works_for(0.6)
     assert script.problems() == []
     script.sleeps(2)
     said = script.says('WARNING nothing came yet on "electricity/hp/restpower"')
     assert "mosquitto_sub -v -t '#'" in said
     script.sleeps(25)
-    script.looks(3)
+    script.works_for(0.6)
     assert script.problems() == [said]
 
 
@@ -3604,7 +3619,7 @@ def test_topic_on_which_something_came_is_not_doubted(broker, line, script):
     script.start(inject=[count_looks])
     script.says(OLD)
     script.sleeps(31)
-    script.looks(3)
+    script.works_for(0.6)
     assert "nothing came yet on" not in script.log()
 
 
