@@ -595,7 +595,7 @@ def first_frame(data):
 def is_request_of_unknown_size(data):
     """Return whether data as a whole are a request to us whose size nothing tells.
 
-    That is any of functions 7 to 127, of WRITE only what is no whole one. Such a request
+    That is one of functions 7 to 127; a whole WRITE has been found before. Such a request
     gets its exception, and the diagnosis can name it.
     """
     if not MIN_FRAME <= len(data) <= MAX_FRAME or data[0] != unit_id:
@@ -659,11 +659,12 @@ class Line:
         self.proof = None  # the Frame that proved the settings, if it is to be answered
         # The heat pump:
         self.last_read = None  # s, when it read the meter; None = never
-        self.waiting_since = None  # s, its last read or the opening; None = not open
-        self.refused = None  # the first of its requests that was refused, as bytes
+        self.refused = None  # the last of its requests that was refused, as bytes
         self.asked = set()  # unit ids of others that are asked as a meter would be
         self.answering = set()  # unit ids of those that answer
-        self.is_taken = False  # whether another program has the adapter
+        # The adapter:
+        self.opened = None  # s, when it was opened; None = it is not open
+        self.is_taken = False  # whether another program has it
 
     def hear(self, data):
         """Take bytes that came. Return the last Frame in them if it asks us, or None."""
@@ -692,7 +693,6 @@ class Line:
         """Go on to the next serial settings; the configured ones end a round."""
         self.settings = next(self.to_try)
         self.good_frames = 0
-        self.left = b""
         self.asked.clear()  # by frames that chance made
         self.answering.clear()
         if self.settings == self.configured:
@@ -702,36 +702,33 @@ class Line:
         """Note that the adapter is open, and say so."""
         say("adapter", log.info, f"the meter is on the line: {serial_port}")
         self.is_taken = False
-        if self.waiting_since is None:  # the search opens it again and again
-            self.waiting_since = now()
+        if self.opened is None:  # the search opens it again and again
+            self.opened = now()
 
     def note_fault(self, is_taken):
         """Note that the adapter cannot be opened, or got lost."""
         self.is_taken = is_taken
-        self.waiting_since = None
+        self.opened = None
 
     def note_misfit(self):
         """Note a burst without a good frame: noise makes one at times, not two in a row."""
         self.good_frames = 0
 
     def note_refused(self, pdu):
-        """Note a request to us that was refused; the first one is told."""
-        if self.refused is None:
-            self.refused = pdu
+        """Note a request to us that was refused."""
+        self.refused = pdu
 
     def note_read(self):
         """Note that the heat pump reads the meter."""
         self.last_read = now()
-        self.waiting_since = now()
 
     def is_read(self):
         """Return whether the heat pump reads the meter."""
         return self.last_read is not None and now() - self.last_read < READ_TIMEOUT
 
-    def waits_in_vain(self):
-        """Return whether the heat pump could read for READ_TIMEOUT, and did not."""
-        since = self.waiting_since
-        return since is not None and now() - since >= READ_TIMEOUT
+    def could_be_read(self):
+        """Return whether the adapter has been open for READ_TIMEOUT or more."""
+        return self.opened is not None and now() - self.opened >= READ_TIMEOUT
 
     def diagnosis(self):
         """Return a sentence on why the heat pump does not read."""
@@ -921,12 +918,13 @@ class Handler(ServerRequestHandler):
         self.meter = meter
         self.line = line
         self.sent = b""  # our last frame
-        self.ending = None  # the task of end_server(); asyncio itself keeps no task
-        self.answering = None  # the task of the newest answer()
+        # Tasks are kept by these names, as asyncio itself keeps none:
+        self.end_task = None  # end_server()
+        self.answer_task = None  # the newest answer()
 
     def callback_connected(self):
         """Begin to serve, with the request that proved the settings if it is new."""
-        self.ending = asyncio.create_task(self.end_server())
+        self.end_task = asyncio.create_task(self.end_server())
         self.line.note_open()
         request, self.line.proof = self.line.proof, None
         if request is not None and now() - self.line.last_byte < PAUSE:
@@ -950,7 +948,7 @@ class Handler(ServerRequestHandler):
 
     def answer_soon(self, request):
         """Answer a Frame before the next read; asyncio logs an error in the answer."""
-        self.answering = asyncio.create_task(self.answer(request))
+        self.answer_task = asyncio.create_task(self.answer(request))
 
     async def end_server(self):
         """End the server at a stop, or when the adapter is lost."""
@@ -988,11 +986,12 @@ def run_server(meter, line):
     open_port(line.settings).close()  # pymodbus would not tell why it cannot open it
     meter.show_baudrate(line.settings.baudrate)
 
+    def new_handler(server):
+        return Handler(server, meter, line)
+
     # StartSerialServer() takes no class of a server or handler. It makes a
     # ModbusSerialServer, which makes its handler by this method.
-    ModbusSerialServer.callback_new_connection = lambda server: Handler(
-        server, meter, line
-    )
+    ModbusSerialServer.callback_new_connection = new_handler
     StartSerialServer(meter, port=serial_port, **line.settings._asdict())
     if not stopping:
         raise OSError(errno.ENODEV, "lost")
@@ -1054,7 +1053,7 @@ def look_after(broker, meter, line):
             if is_read:
                 text = f"the heat pump reads the meter, unit {unit_id}"
                 say("heat pump", log.info, text)
-            elif line.waits_in_vain():
+            elif line.could_be_read():
                 text = f"the heat pump has not read for {READ_TIMEOUT} s: "
                 say("heat pump", log.warning, text + line.diagnosis())
             if now() - reported >= REPORT_EVERY:
