@@ -1402,6 +1402,17 @@ def test_bad_value_is_said_in_a_line_and_no_surplus_until_a_good_one(
     meter.serve()
 
 
+def test_bad_value_is_said_once_until_a_good_one_although_it_is_repeated(meter):
+    said = "ERROR 'unavailable' is no plain number"
+    for _ in range(2):
+        before = meter.script.log().count(said)
+        for _ in range(3):
+            meter.broker.publish("unavailable")
+        meter.serve()
+        meter.script.says("INFO rest power 3000 W")
+        assert meter.script.log().count(said) == before + 1
+
+
 @pytest.mark.parametrize(
     ("payload", "sentence"),
     [
@@ -3068,6 +3079,29 @@ def test_unit_that_noise_asked_at_other_settings_is_not_advised(broker, line, sc
     script.sleeps(61)
     said = script.says("WARNING the heat pump has not read for 60 s: ")
     assert "no frame fits: trying other serial settings" in said
+
+
+def test_unit_that_noise_answered_for_at_other_settings_is_advised(line, script):
+    script.start(constants=HASTE)
+    line.send_as_it_is(frame("09 03 02 00 00"))
+    eventually(lambda: line.noise(0.2)[-1] != (19200, "E"), 30, "other settings")
+    line.send_as_it_is(frame("09 03 00 25 00 01") * 2)
+    script.sleeps(61)
+    said = script.says("WARNING the heat pump has not read for 60 s: ")
+    assert "other units are asked in vain: set unit_id = 9" in said
+
+
+def test_good_frame_at_the_settings_before_proves_no_others(line, script):
+    script.start(baudrate=4800, constants={"PATIENCE": 0.5, "PAUSE": 0.05})
+    read_of_another_unit = frame("07 03 00 25 00 01")
+    line.send_as_it_is(read_of_another_unit)
+    assert line.hear(0.5) == b""
+    assert line.settings() == (4800, "E")
+    script.sleeps(61)  # of silence, so it goes on
+    eventually(lambda: line.settings() == (19200, "E"), what="19200 E")
+    line.send_as_it_is(read_of_another_unit)
+    assert set(line.noise(3)) > {(19200, "E")}
+    line.find()
 
 
 def test_bytes_without_a_gap_do_not_hold_up_the_search(line, script):
