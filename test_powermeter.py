@@ -604,6 +604,17 @@ def refuse_parity(_folder):
     termios.tcsetattr = without_parity
 
 
+def refuse_all_settings(_folder):
+    """A port whose driver takes no serial settings at all."""
+    import errno
+    import termios
+
+    def refuse(_fd, _when, _attributes):
+        raise termios.error(errno.EINVAL, "Invalid argument")
+
+    termios.tcsetattr = refuse
+
+
 def plug_in_another_adapter(_folder):
     """Let the computer list an adapter with USB, though this one has none."""
     import glob
@@ -2569,6 +2580,12 @@ def test_what_is_no_serial_adapter_is_said_in_words(line, script):
     script.begin()
     said = script.says(f"WARNING the adapter {line.port} fails: ")
     assert "trying every second" in said
+
+
+def test_adapter_that_takes_no_settings_is_said_in_words(line, script):
+    script.begin(inject=[refuse_all_settings])
+    said = script.says(f"WARNING the adapter {line.port} fails: ")
+    assert "Invalid argument" in said and "trying every second" in said
 
 
 def test_adapter_in_use_is_said_and_taken_when_it_is_free(line, script):
