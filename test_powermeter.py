@@ -1209,6 +1209,7 @@ FRAMES = [
         id="our write cut short",
     ),
     pytest.param(frame("3C 03 00 25"), [], id="our read cut short, with a good CRC"),
+    pytest.param(frame("3C 06 00 25"), [], id="our single write cut short"),
     pytest.param(
         POLL + raw("00"), [(POLL, REQUEST)], id="a request with a stray 00 behind"
     ),
@@ -2522,6 +2523,27 @@ def test_adapter_pulled_and_plugged_in_again_serves_the_newest_value(rig, line, 
     assert script.log().count("the meter is on the line") == 3
     said = [problem.partition(" is not there")[1] for problem in script.problems()]
     assert said == [" is not there"] * 2  # a pull is one line
+
+
+def test_adapter_that_stays_away_is_said_once(line, script):
+    script.start(inject=[count_looks])
+    line.find()
+    line.pull()
+    said = script.says(f"WARNING the adapter {line.port} is not there")
+    script.works_for(3)  # so there are tries to open it
+    assert script.problems() == [said]
+    line.plug()
+    script.says("the meter is on the line")
+
+
+def test_adapter_that_is_away_for_a_moment_is_said_as_well(line, script):
+    script.start()
+    line.find()
+    line.pull()
+    line.plug()  # before the script looks for it
+    script.says(f"WARNING the adapter {line.port} is not there")
+    script.says("the meter is on the line")
+    assert line.power() == (0, 0, 0, 0)
 
 
 def test_adapter_pulled_while_an_answer_is_under_way_serves_the_newest_value(
