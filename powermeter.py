@@ -728,7 +728,8 @@ class Line:
 
     def could_be_read(self):
         """Return whether the adapter has been open for READ_TIMEOUT or more."""
-        return self.opened is not None and now() - self.opened >= READ_TIMEOUT
+        opened = self.opened  # once, as the main thread may set it to None meanwhile
+        return opened is not None and now() - opened >= READ_TIMEOUT
 
     def diagnosis(self):
         """Return a sentence on why the heat pump does not read."""
