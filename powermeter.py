@@ -819,14 +819,16 @@ def hear_burst(port, line):
     """
     kind = Burst.NOTHING
     frames_before = line.good_frames
+    byte = port.read()  # b"" after a PAUSE
     begin = now()
-    while first_byte := port.read():  # b"" after a PAUSE
-        data = first_byte + port.read(port.in_waiting)
+    while byte:
+        data = byte + port.read(port.in_waiting)
         log.debug("recv: %s at %s", " ".join(map(hex, data)), line.settings)
         line.proof = line.hear(data)
         kind = Burst.GOOD if line.good_frames > frames_before else Burst.MISFIT
         if line.proven or now() - begin > BURST_LIMIT:
             break
+        byte = port.read()
     if kind == Burst.MISFIT:
         line.note_misfit()
     return kind
