@@ -3256,16 +3256,17 @@ def test_two_good_frames_with_noise_between_them_prove_nothing(line, script):
     line.find()
 
 
+# In these tests a PAUSE is 2 s: even on a busy computer none comes within a burst.
 def leave_the_first_settings(line):
-    """Send noise until the script tries its second settings, with a PAUSE of 1 s.
-
-    It returns as soon as they are tried, so before a PAUSE with them is over.
-    """
+    """Send noise until the script tries its second settings, and return at once then."""
 
     def has_left():
-        if line.settings() == (19200, "E"):
-            line.send_as_it_is(b"noise")
-            line.hear(1.5)  # s, more than a PAUSE, so that each noise is a burst
+        line.send_as_it_is(b"noise")
+        end = (
+            time.monotonic() + 3
+        )  # s, more than a PAUSE, so that each noise is a burst
+        while line.settings() == (19200, "E") and time.monotonic() < end:
+            time.sleep(0.01)
         return line.settings() == (19200, "N")
 
     eventually(has_left, 30, "19200 N")
@@ -3273,10 +3274,11 @@ def leave_the_first_settings(line):
 
 def test_burst_that_began_with_the_settings_before_is_no_misfit(line, script):
     line.speaks = (19200, "N")
-    script.start(constants={"PATIENCE": 0.5, "PAUSE": 1}, inject=[count_looks])
+    script.start(constants={"PATIENCE": 0.5, "PAUSE": 2}, inject=[count_looks])
     leave_the_first_settings(line)
+    script.works_for(0.4)  # it listens with the second ones now, for less than a PAUSE
     line.send_as_it_is(b"the rest of a burst, as its beginning was not heard")
-    script.works_for(2.4)  # the burst and its PAUSE are over
+    script.works_for(4)  # the burst and its PAUSE are over
     assert line.settings() == (19200, "N")
     line.send_as_it_is(b"noise")
     eventually(lambda: line.settings() != (19200, "N"), what="other settings")
@@ -3284,14 +3286,14 @@ def test_burst_that_began_with_the_settings_before_is_no_misfit(line, script):
 
 def test_frames_in_pieces_fit_and_noise_beside_them_moves_nothing(line, script):
     line.speaks = (19200, "N")
-    script.start(constants={"PATIENCE": 0.5, "PAUSE": 1}, inject=[count_looks])
+    script.start(constants={"PATIENCE": 0.5, "PAUSE": 2}, inject=[count_looks])
     leave_the_first_settings(line)
-    script.works_for(1.6)
+    script.works_for(3)
     poll_9 = frame("09 03 00 25 00 01")
     line.send_as_it_is(poll_9[:3])
     script.works_for(0.2)
     line.send_as_it_is(poll_9[3:] + b"noise")
-    script.works_for(2.4)
+    script.works_for(4)
     assert line.settings() == (19200, "N")
     line.send_as_it_is(b"noise")
     script.works_for(0.2)
@@ -3311,8 +3313,8 @@ def test_settings_that_answer_are_not_left_any_more(line, script):
 
 
 def test_settings_that_fit_at_the_last_moment_are_kept(line, script):
-    script.start(constants={"PATIENCE": 0, "PAUSE": 1}, inject=[count_looks])
-    script.works_for(1.6)
+    script.start(constants={"PATIENCE": 0, "PAUSE": 2}, inject=[count_looks])
+    script.works_for(3)
     line.send_as_it_is(b"noise")  # for which they would be left after the PAUSE
     script.works_for(0.2)
     assert len(line.ask(POLL)) == 33
